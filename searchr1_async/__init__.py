@@ -5,7 +5,7 @@
     import searchr1_async as sr
 
     search = sr.Search.local("atlas")
-    run = sr.train("atlas", search, out_dir="runs/first", format="tags")
+    run = sr.train("atlas", search, "runs/first", sr.TrainConfig(format="tags"))
     result = await run
 
 Optional packages are extras, ``pip install 'searchr1_async[EXTRA]'``: ``local`` (the embedded service, a local embedder, the
@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     from searchr1_async import trackers as trackers
     from searchr1_async.api import rollout as rollout
     from searchr1_async.api import train as train
+    from searchr1_async.config import EvalConfig as EvalConfig
+    from searchr1_async.config import RolloutConfig as RolloutConfig
+    from searchr1_async.config import TrainConfig as TrainConfig
     from searchr1_async.config import WarmUp as WarmUp
     from searchr1_async.data.corpus import load_corpus as load_corpus
     from searchr1_async.data.questions import load_questions as load_questions
@@ -75,7 +78,7 @@ else:
         __name__,
         {
             "searchr1_async.api": "rollout train",
-            "searchr1_async.config": "WarmUp",
+            "searchr1_async.config": "EvalConfig RolloutConfig TrainConfig WarmUp",
             "searchr1_async.data.corpus": "load_corpus",
             "searchr1_async.data.questions": "load_questions",
             "searchr1_async.episodes.reward": "Score",

@@ -60,14 +60,17 @@ async def test_a_run_learns_and_leaves_no_processes(tmp_path: Path) -> None:
         questions,
         tiny_world.make_search(tmp_path / "index"),
         out_dir=tmp_path / "run",
-        model=str(tiny_world.model_folder()),
         held_out=held_out,
-        held_out_samples=8,
-        warm_up=tiny_world.WARM_UP,
-        steps=steps,
-        checkpoint_every=8,
-        emit=emit,
-        **tiny_world.SETTINGS,
+        on_event=emit,
+        **tiny_world.given(
+            sr.TrainConfig,
+            tiny_world.SETTINGS,
+            model=str(tiny_world.model_folder()),
+            held_out_samples=8,
+            warm_up=tiny_world.WARM_UP,
+            steps=steps,
+            checkpoint_every=8,
+        ),
     )
     assert not run.done
     result = await run
@@ -112,9 +115,8 @@ async def test_a_run_learns_and_leaves_no_processes(tmp_path: Path) -> None:
     report = await sr.evaluate(
         held_out,
         tiny_world.make_search(tmp_path / "index"),
-        checkpoint=tmp_path / "run",
-        samples=8,
-        **tiny_world.PLAYING,
+        systems=tmp_path / "run",
+        **tiny_world.given(sr.EvalConfig, tiny_world.PLAYING, samples=8),
     )
     again = report.only
     assert again.step == steps
@@ -131,7 +133,12 @@ def test_two_event_loops_share_one_search(tmp_path: Path) -> None:
     async def main(name: str) -> sr.TrainingResult:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TINKER_API_KEY", service.api_key)
-            run = sr.train(questions, search, out_dir=tmp_path / name, steps=1, **tiny_world.served_settings())
+            run = sr.train(
+                questions,
+                search,
+                out_dir=tmp_path / name,
+                **tiny_world.given(sr.TrainConfig, tiny_world.served_settings(), steps=1),
+            )
             result = await run
         assert tiny_world.tasks_left() == set()
         return result
@@ -149,7 +156,9 @@ async def test_rollout_returns_groups_in_question_order(tmp_path: Path, monkeypa
     questions, _ = tiny_world.make_questions()
     settings = tiny_world.PLAYING | tiny_world.served()
     groups = await sr.rollout(
-        questions[:5], tiny_world.make_search(tmp_path / "index"), group_size=3, seed=1, **settings
+        questions[:5],
+        tiny_world.make_search(tmp_path / "index"),
+        **tiny_world.given(sr.RolloutConfig, settings, group_size=3, seed=1),
     )
     assert [group.question for group in groups] == questions[:5]
     assert all(len(group.episodes) == 3 and not group.failed for group in groups)

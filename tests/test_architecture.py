@@ -21,7 +21,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 PUBLIC = """
 train rollout evaluate ask estimate_cost export open_run open_report load_questions load_corpus
-WarmUp
+WarmUp TrainConfig RolloutConfig EvalConfig
 Run TrainingResult Report Search Question Passage Episode Group Turn StopReason Score System Judge Answer Demonstration
 SearchR1Error
 """.split()  # noqa: SIM905

@@ -42,20 +42,28 @@ class BrokenEmbedder(HashingEmbedder):
 async def train(folder: Path, **changes: Any) -> object:
     search = changes.pop("search", None) or tiny_world.make_search(folder / "index")
     settings = tiny_world.served_settings(**{"steps": 1, **changes})
-    return await sr.train(tiny_world.make_questions()[0][:8], search, out_dir=folder / "run", **settings)
+    return await sr.train(
+        tiny_world.make_questions()[0][:8], search, out_dir=folder / "run", **tiny_world.given(sr.TrainConfig, settings)
+    )
 
 
 async def rollout(folder: Path, **changes: Any) -> object:
     settings = {**tiny_world.PLAYING, **tiny_world.served(), **changes}
     del settings["local"]
     search = settings.pop("search", None) or tiny_world.make_search(folder / "index")
-    return await sr.rollout(tiny_world.make_questions()[0][:2], search, group_size=2, **settings)
+    return await sr.rollout(
+        tiny_world.make_questions()[0][:2], search, **tiny_world.given(sr.RolloutConfig, settings, group_size=2)
+    )
 
 
 async def evaluate(folder: Path, **changes: Any) -> object:
     settings = {**tiny_world.PLAYING, **tiny_world.served(), **changes}
     del settings["local"]
-    return await sr.evaluate(tiny_world.make_questions()[0][:2], tiny_world.make_search(folder / "index"), **settings)
+    return await sr.evaluate(
+        tiny_world.make_questions()[0][:2],
+        tiny_world.make_search(folder / "index"),
+        **tiny_world.given(sr.EvalConfig, settings),
+    )
 
 
 @pytest.mark.parametrize("work", [train, rollout, evaluate])

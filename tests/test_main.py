@@ -137,6 +137,7 @@ runpy.run_module("searchr1_async", run_name="__main__", alter_sys=True)
 INTERRUPTED = """
 import sys
 from pathlib import Path
+import searchr1_async as sr
 import searchr1_async.cli.atlas_run as job
 import searchr1_async.cli.main as command
 from searchr1_async.events import StepFinished
@@ -146,15 +147,14 @@ from tests import tiny_world
 train, world = job.train, Path(sys.argv[1])
 
 
-def small_train(questions, search, **settings):
+def small_train(questions, search, out_dir, config, **settings):
     def tell(event):
         if isinstance(event, StepFinished):
             print("step", event.step, flush=True)
 
-    settings |= {
-        **tiny_world.SETTINGS, "resume": True, "model": sys.argv[2], "warm_up": None, "held_out": (), "emit": tell
-    }
-    return train(tiny_world.make_questions()[0], tiny_world.make_search(world / "index"), **settings)
+    small = {**tiny_world.SETTINGS, "model": sys.argv[2], "warm_up": None, "steps": config.length.steps}
+    settings |= {**tiny_world.given(sr.TrainConfig, small), "held_out": (), "demonstrations": (), "on_event": tell}
+    return train(tiny_world.make_questions()[0], tiny_world.make_search(world / "index"), out_dir, **settings)
 
 
 job.train = small_train

@@ -56,12 +56,22 @@ async def test_a_run_and_its_report_use_the_given_folders(
 
     async def train(out_dir: str, steps: int, **more: Any) -> sr.TrainingResult:
         return await sr.train(
-            QUESTIONS, search, out_dir=out_dir, steps=steps, held_out=HELD_OUT, **sizes, **settings, **more
+            QUESTIONS,
+            search,
+            out_dir=out_dir,
+            held_out=HELD_OUT,
+            **tiny_world.given(sr.TrainConfig, sizes, settings, more, steps=steps),
         )
 
     await train(f"lr{plain}", 1)
     other = contents(Path(f"lr{plain}"))
-    run = sr.train(QUESTIONS, search, out_dir=run_name, steps=2, held_out=HELD_OUT, **sizes, **settings)
+    run = sr.train(
+        QUESTIONS,
+        search,
+        out_dir=run_name,
+        held_out=HELD_OUT,
+        **tiny_world.given(sr.TrainConfig, sizes, settings, steps=2),
+    )
     assert (await run).steps == 2
     assert (await train(run_name, 3, resume=True)).steps == 3
     for found in (run, sr.open_run(run_name)):
@@ -71,10 +81,21 @@ async def test_a_run_and_its_report_use_the_given_folders(
     assert point is not None
     assert point.step == 3
 
-    report = await sr.evaluate(HELD_OUT, search, systems={"trained": run_name}, out_dir=report_name, **settings)
+    report = await sr.evaluate(
+        HELD_OUT,
+        search,
+        systems={"trained": run_name},
+        out_dir=report_name,
+        **tiny_world.given(sr.EvalConfig, settings),
+    )
     assert report["trained"].step == 3
     again = await sr.evaluate(
-        HELD_OUT, search, systems={"trained": run_name}, out_dir=report_name, resume=True, **settings
+        HELD_OUT,
+        search,
+        systems={"trained": run_name},
+        out_dir=report_name,
+        resume=True,
+        **tiny_world.given(sr.EvalConfig, settings),
     )
     assert again["trained"].scores.equals(report["trained"].scores)
     page = again.save(f"report{wild}")

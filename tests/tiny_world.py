@@ -15,11 +15,14 @@ import random
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import searchr1_async as sr
+from searchr1_async.config import Config
+from searchr1_async.config.configs import places_of
 from searchr1_async.testing import HashingEmbedder, make_tiny_model
 
 PLACES = tuple("".join(syllables) for syllables in itertools.product(("ba", "ko", "mi", "tu"), ("rin", "dor", "sel")))
@@ -152,6 +155,14 @@ SETTINGS: dict[str, Any] = PLAYING | {
 
 WARM_UP = sr.WarmUp(steps=20, batch_size=16, learning_rate=4e-3)
 """Leaves the model right in about 4 of 10 samples."""
+
+
+def given(kind: type[Config], *settings: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """The keywords of a call: those of its settings as ``config``, the others as they are."""
+    values = {name: value for mapping in (*settings, more) for name, value in mapping.items()}
+    names = {*places_of(kind), *(each.name for each in fields(kind)), "switch_weights_in_flight"}
+    config = kind(**{name: value for name, value in values.items() if name in names})
+    return {"config": config} | {name: value for name, value in values.items() if name not in names}
 
 
 def served() -> dict[str, Any]:

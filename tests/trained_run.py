@@ -55,7 +55,12 @@ def trained_run() -> TrainedRun:
     made.corpus.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
     async def train() -> None:
-        await sr.train(tiny_world.make_questions()[0], made.search(), out_dir=made.folder, **settings())
+        await sr.train(
+            tiny_world.make_questions()[0],
+            made.search(),
+            out_dir=made.folder,
+            **tiny_world.given(sr.TrainConfig, settings()),
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         with_hashed_words(patch)

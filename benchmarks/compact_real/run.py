@@ -129,7 +129,7 @@ async def exact_match(options: argparse.Namespace) -> dict[str, Any]:
     for name, store in stores.items():
         search = sr.Search(WordLlamaEmbedder(), store, n_results=1, max_passage_words=40)
         report = await sr.evaluate(
-            asked, search, systems={name: options.run}, temperature=0.0, progress="plain", **PLAYING
+            asked, search, {name: options.run}, sr.EvalConfig(temperature=0.0, **PLAYING), progress="plain"
         )
         measured[name] = report[name]
     gain = sr.evaluation.compare(measured["exact"], measured["compact"])

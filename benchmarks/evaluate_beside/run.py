@@ -44,6 +44,7 @@ async def run_once(world: Path, url: str, arm: str, mode: str, room: str, steps:
     """One run; its times in seconds."""
     import searchr1_async as sr
     from searchr1_async.events import EvaluationFinished, Event, PhaseStarted, StepFinished
+    from tests import tiny_world
     from tests.faults import scripted_world
 
     began_training = last_step = 0.0
@@ -70,15 +71,18 @@ async def run_once(world: Path, url: str, arm: str, mode: str, room: str, steps:
             training,
             scripted_world.make_search(world / "index"),
             out_dir=Path(scratch) / "run",
-            model="scripted",
             service=url,
-            tokenizer=str(world / "tokenizer"),
             reward=scripted_world.reward,
             held_out=held_out,
-            held_out_samples=MEMBERS,
-            evaluate_every=None if arm == "none" else EVERY,
-            emit=emit,
-            **settings,
+            on_event=emit,
+            **tiny_world.given(
+                sr.TrainConfig,
+                settings,
+                model="scripted",
+                tokenizer=str(world / "tokenizer"),
+                held_out_samples=MEMBERS,
+                evaluate_every=None if arm == "none" else EVERY,
+            ),
         )
         whole = time.monotonic() - began
     assert len(totals) == steps

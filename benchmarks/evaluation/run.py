@@ -40,20 +40,22 @@ async def train(options: argparse.Namespace) -> sr.TrainingResult:
     return await sr.train(
         questions,
         make_search(options),
-        out_dir=options.work / "run",
+        options.work / "run",
+        sr.TrainConfig(
+            warm_up=sr.WarmUp(steps=10),
+            group_size=8,
+            groups_per_batch=8,
+            minibatches=4,
+            steps=24,
+            time_limit=3000,
+            learning_rate=1e-4,
+            lora_rank=16,
+            seed=2,
+            checkpoint_every=6,
+            **PLAYING,
+        ),
         resume=True,
-        warm_up=sr.WarmUp(steps=10),
-        group_size=8,
-        groups_per_batch=8,
-        minibatches=4,
-        steps=24,
-        time_limit=3000,
-        learning_rate=1e-4,
-        lora_rank=16,
-        seed=2,
-        checkpoint_every=6,
         progress="plain",
-        **PLAYING,
     )
 
 
@@ -84,10 +86,8 @@ async def measure(options: argparse.Namespace, result: sr.TrainingResult) -> sr.
         },
         out_dir=out,
         resume=(out / "manifest.json").exists(),
-        limit=options.limit,
-        samples=options.samples,
+        config=sr.EvalConfig(limit=options.limit, samples=options.samples, **PLAYING),
         progress="plain",
-        **PLAYING,
     )
 
 

@@ -31,15 +31,17 @@ async def evaluated(settings: dict[str, Any], weights: str, suites: Mapping[str,
     report = await sr.evaluate(
         suites,
         search,
-        systems={"evaluated": weights},
+        {"evaluated": weights},
+        sr.EvalConfig(
+            model=settings["model"],
+            tokenizer=settings["tokenizer"],
+            renderer=settings["renderer"],
+            instructions=INSTRUCTIONS,
+            **settings["options"],
+        ),
         out_dir=out,
-        model=settings["model"],
         service=settings["url"],
-        tokenizer=settings["tokenizer"],
-        renderer=settings["renderer"],
-        instructions=INSTRUCTIONS,
         progress=False,
-        **settings["options"],
     )
     return round(report["evaluated"].scores["exact_match"].sum())
 

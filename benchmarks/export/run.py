@@ -52,21 +52,23 @@ async def learn(world: World, out_dir: Path, local: sr.config.LocalOptions) -> t
     run = sr.train(
         world.training(1),
         world.search(),
-        out_dir=out_dir,
-        model=world.model,
-        warm_up=WARM_UP,
-        steps=STEPS,
-        local=local,
-        refill_groups=2 * GROUPS,  # so that no step is without a group to learn from
-        **world.playing,
-        **(world.learning | {"group_size": GROUP_SIZE}),
+        out_dir,
+        sr.TrainConfig(
+            model=world.model,
+            warm_up=WARM_UP,
+            steps=STEPS,
+            local=local,
+            refill_groups=2 * GROUPS,  # so that no step is without a group to learn from
+            **world.playing,
+            **(world.learning | {"group_size": GROUP_SIZE}),
+        ),
     )
     answers: list[sr.Answer] = []
     async for event in run:
         if isinstance(event, StepFinished) and event.step == 1:
             answers.append(await run.ask(QUESTION))
     await run
-    answers.append(await sr.ask(QUESTION, checkpoint=out_dir, local=local))
+    answers.append(await sr.ask(QUESTION, config=sr.config.AskConfig(local=local), checkpoint=out_dir))
     return run, answers
 
 
@@ -137,11 +139,8 @@ async def prove(count: int, threads: int, folder: Path) -> bool:
     groups = await sr.rollout(
         world.held_out[:count],
         world.search(),
+        sr.RolloutConfig(group_size=1, seed=1, local=local, **world.playing),
         checkpoint=run.out_dir,
-        group_size=1,
-        seed=1,
-        local=local,
-        **world.playing,
     )
     episodes = [episode for group in groups for episode in group.episodes]
     adapter = await run.export(folder / "adapter", local=local)

@@ -75,12 +75,8 @@ class Runs:
 
     def __init__(self, world: World, work: Path, service: LocalService, steps: int) -> None:
         self._world, self._work, self._steps = world, work, steps
-        self._served = {
-            "service": service.url,
-            "model": service.model_name,
-            "tokenizer": service.tokenizer_path,
-            "progress": False,
-        }
+        self._service = service.url
+        self._model = {"model": service.model_name, "tokenizer": service.tokenizer_path}
 
     async def play(self, way: Way) -> dict[str, Any]:
         """The row of a run: that of an earlier command, or a fresh one.
@@ -139,11 +135,10 @@ class Runs:
         return await sr.train(
             self._world.training(seed),
             self._world.search(),
-            out_dir=folder,
-            seed=seed,
-            **self._world.playing,
-            **self._world.learning,
-            **{**self._served, **options},
+            folder,
+            sr.TrainConfig(seed=seed, **self._model, **self._world.playing, **self._world.learning).replace(**options),
+            service=self._service,
+            progress=False,
         )
 
     async def _measure(self, checkpoint: str | None) -> float:
@@ -151,9 +146,10 @@ class Runs:
         report = await sr.evaluate(
             list(self._world.held_out),
             self._world.search(),
-            checkpoint=checkpoint,
-            **self._world.playing,
-            **self._served,
+            checkpoint,
+            sr.EvalConfig(**self._model, **self._world.playing),
+            service=self._service,
+            progress=False,
         )
         return report.only.exact_match
 

@@ -23,9 +23,9 @@ class World:
     held_out: Sequence[sr.Question]
     search: Callable[[], sr.Search]
     playing: dict[str, Any]
-    """Arguments of ``train`` and ``evaluate`` alike."""
+    """Settings of ``train`` and ``evaluate`` alike."""
     learning: dict[str, Any]
-    """Arguments of ``train``."""
+    """Settings of ``train``."""
     warm_up: sr.WarmUp
     service: dict[str, Any] = field(default_factory=dict)
     """Arguments of ``local_service``."""

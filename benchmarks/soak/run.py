@@ -38,6 +38,7 @@ from benchmarks.soak.breaking_proxy import proxy_process
 from searchr1_async.events import EpisodeFinished, Event, GroupDropped, GroupFinished, StepFinished
 from searchr1_async.records.run_records import RunRecords
 from searchr1_async.runs.checkpoints import ResumePoint
+from tests import tiny_world
 from tests.faults import scripted_world
 
 WARM_UP_MINUTES = 5.0
@@ -223,12 +224,11 @@ async def _train(watch: Watch, search: sr.Search, url: str, tokenizer: str, minu
             search,
             out_dir=watch.run,
             service=url,
-            model="scripted",
-            tokenizer=tokenizer,
             reward=scripted_world.reward,
-            emit=watch,
-            time_limit=60 * minutes,
-            **SETTINGS,
+            on_event=watch,
+            **tiny_world.given(
+                sr.TrainConfig, SETTINGS, model="scripted", tokenizer=tokenizer, time_limit=60 * minutes
+            ),
         )
         reason = result.reason
         tasks.cancel_scope.cancel()

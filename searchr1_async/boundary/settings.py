@@ -169,6 +169,15 @@ def check_settings(settings: Any, prefix: str = "") -> None:
             object.__setattr__(settings, name, checked)
 
 
+def check_setting(owner: type, field: str, value: Any, name: str) -> Any:
+    """Checks and coerces one value by the annotation of a dataclass's field, under another name in messages.
+
+    Raises:
+        ConfigurationError: naming ``name``.
+    """
+    return _checks_of(owner)[field](name, value)
+
+
 def checked_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Checks and coerces a call's arguments by the function's annotations; call it first, with ``locals()``.
 

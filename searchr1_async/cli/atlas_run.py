@@ -18,7 +18,7 @@ import anyio
 from searchr1_async.api import train
 from searchr1_async.boundary.paths import path_argument
 from searchr1_async.cli.atlas_page import write_report
-from searchr1_async.config import LocalOptions, WarmUp
+from searchr1_async.config import TrainConfig, WarmUp
 from searchr1_async.data.questions import load_questions
 from searchr1_async.episodes.types import Episode, Question
 from searchr1_async.evaluation.report_text import comparison_rows, comparison_table, difference_line
@@ -87,25 +87,27 @@ def start_atlas(settings: AtlasSettings) -> tuple[Run, list[Question]]:
     run = train(
         training,
         search,
-        out_dir=settings.out_dir,
-        model=settings.model,
+        settings.out_dir,
+        TrainConfig(
+            model=settings.model,
+            warm_up=WarmUp(steps=settings.warm_up_steps),
+            format="tags",
+            group_size=settings.group_size,
+            groups_per_batch=settings.groups_per_batch,
+            minibatches=settings.minibatches,
+            steps=settings.steps,
+            time_limit=settings.time_limit,
+            learning_rate=settings.learning_rate,
+            lora_rank=settings.lora_rank,
+            max_turns=settings.max_turns,
+            max_tokens=settings.max_tokens,
+            max_trajectory_tokens=1024,
+            seed=settings.seed,
+            threads=settings.threads,
+        ),
         resume=True,
         held_out=held_out,
-        warm_up=WarmUp(steps=settings.warm_up_steps),
         demonstrations=[Demonstration.of(question) for question in training[: settings.warm_up_steps * 20]],
-        format="tags",
-        group_size=settings.group_size,
-        groups_per_batch=settings.groups_per_batch,
-        minibatches=settings.minibatches,
-        steps=settings.steps,
-        time_limit=settings.time_limit,
-        learning_rate=settings.learning_rate,
-        lora_rank=settings.lora_rank,
-        max_turns=settings.max_turns,
-        max_tokens=settings.max_tokens,
-        max_trajectory_tokens=1024,
-        seed=settings.seed,
-        local=LocalOptions(threads=settings.threads),
     )
     return run, held_out
 

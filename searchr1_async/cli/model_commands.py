@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import anyio.to_thread
 
 from searchr1_async.boundary.paths import absolute_path, path_argument
-from searchr1_async.config import LocalOptions
+from searchr1_async.config import AskConfig, EvalConfig, LocalOptions
 from searchr1_async.episodes.formats import FORMATS
 from searchr1_async.episodes.prompts import METHODS
 from searchr1_async.errors import ConfigurationError
@@ -48,14 +48,16 @@ async def _ask(options: argparse.Namespace) -> str:
     answer = await ask(
         options.question,
         _named_search(options),
+        AskConfig(
+            temperature=options.temperature,
+            seed=options.seed,
+            max_turns=options.max_turns,
+            max_tokens=options.max_tokens,
+            threads=options.threads,
+        ),
         checkpoint=options.run_folder,
         step=options.step,
         service=options.service,
-        temperature=options.temperature,
-        seed=options.seed,
-        max_turns=options.max_turns,
-        max_tokens=options.max_tokens,
-        local=LocalOptions(threads=options.threads),
     )
     return _json(answer) if options.json else str(answer)
 
@@ -150,24 +152,26 @@ async def _eval(options: argparse.Namespace) -> str:
     report = await evaluate(
         options.suites[0] if is_repetition else options.suites,
         search,
-        systems=systems,
-        baselines=options.baselines,
-        model=options.model,
+        systems,
+        EvalConfig(
+            baselines=options.baselines,
+            model=options.model,
+            split=options.split,
+            limit=options.limit,
+            question_seed=options.question_seed,
+            samples=options.samples,
+            format=options.format,
+            thinking=options.thinking,
+            max_turns=options.max_turns,
+            max_tokens=options.max_tokens,
+            temperature=options.temperature,
+            seed=options.seed,
+            threads=options.threads,
+        ),
         service=options.service,
         out_dir=options.out_dir,
         resume=(options.out_dir / "manifest.json").exists(),
-        split=options.split,
-        limit=options.limit,
-        question_seed=options.question_seed,
-        samples=options.samples,
         judge=Judge() if options.judge else None,
-        format=options.format,
-        thinking=options.thinking,
-        max_turns=options.max_turns,
-        max_tokens=options.max_tokens,
-        temperature=options.temperature,
-        seed=options.seed,
-        local=LocalOptions(threads=options.threads),
     )
     page = await anyio.to_thread.run_sync(report.save)
     notes = "\n".join(f"- {note}" for note in report.notes())

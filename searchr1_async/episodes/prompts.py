@@ -20,9 +20,9 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
-from searchr1_async.config import EpisodeLimits
+from searchr1_async.config import EpisodeLimits, Method
 from searchr1_async.episodes.types import Passage, Question, SearchCall
 from searchr1_async.errors import ModelError
 
@@ -172,16 +172,6 @@ def _declaration(name: str, description: str, argument: str, about: str) -> Tool
     # Renderers accept both forms, but some print the tool verbatim, and the recipe includes the envelope.
     return cast("ToolSpec", {"type": "function", "function": tool})
 
-
-Method = Literal["search", "direct", "rag", "recipe"]
-"""Prompting method.
-
-- ``search``: multi-turn, with the search tool.
-- ``direct``: without a tool; one turn, from the model's own knowledge.
-- ``rag``: plain retrieval-augmented generation: one search for the question itself, with its passages in the prompt; one turn.
-- ``recipe``: with the search tool and the original recipe's prompt (``tinker_cookbook.recipes.search_tool``), verbatim from
-  the installed package. Requires the format ``hermes``.
-"""
 
 METHODS: tuple[Method, ...] = get_args(Method)
 

@@ -6,24 +6,24 @@ The public function ``evaluate``.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
-from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from dataclasses import replace
+from typing import Any, cast
 
 import anyio
 import polars as pl
 import tinker
 
-from searchr1_async.boundary.paths import FilePath, NameOrFolder, write_parquet
-from searchr1_async.boundary.settings import Count, Seconds, checked_arguments, list_of, settings_of
-from searchr1_async.config import MAX_SERVICE_OUTAGE, LocalOptions, SamplingSettings
+from searchr1_async.boundary.paths import FilePath, write_parquet
+from searchr1_async.boundary.settings import checked_arguments, settings_of
+from searchr1_async.config import EvalConfig, SamplingSettings
+from searchr1_async.config.configs import takes_config
 from searchr1_async.data.questions import Questions, optional_questions
 from searchr1_async.data.suites import Suites, load_suites
-from searchr1_async.episodes.prompts import Method
 from searchr1_async.episodes.rendering import check_thinking
 from searchr1_async.episodes.reward import RecipeReward, RewardFunction
-from searchr1_async.errors import ConfigurationError, RunFolderError
+from searchr1_async.errors import RunFolderError
 from searchr1_async.evaluation.episode_store import EpisodeStore, EpisodeWriter, Pool, PoolProgress, SampleKey
 from searchr1_async.evaluation.job_manifest import (
     continued,
@@ -59,7 +59,6 @@ from searchr1_async.evaluation.systems import (
     with_baselines,
 )
 from searchr1_async.events import Emit, EvaluationFinished, Notice, PhaseAdvanced, PhaseEnded, PhaseStarted
-from searchr1_async.models import Thinking
 from searchr1_async.rollout.player import TinkerPolicy
 from searchr1_async.rollout.workers.messages import WorkerSpec
 from searchr1_async.runs.folder import MANIFEST_NAME, claimed, keep_tokenizer, writing_records
@@ -74,7 +73,7 @@ from searchr1_async.runs.rollouts import (
     watching,
     worker_spec,
 )
-from searchr1_async.runs.weights import EpisodeChoice, GivenSearch, GivenWeights, described_differences, model_name
+from searchr1_async.runs.weights import RECIPE_EPISODES, EpisodeChoice, GivenSearch, described_differences, model_name
 from searchr1_async.service.connection import Service, find_endpoint
 from searchr1_async.trackers import make_trackers, open_trackers
 from searchr1_async.watch.dashboard import Choice
@@ -235,7 +234,9 @@ class _Evaluation:
         for measured in systems:
             play = self._job.settings_of(measured)
             spec = worker_spec(service, play, measured.system.method)
-            by_settings.setdefault((spec, play.n_results, play.max_passage_words), []).append(measured)
+            by_settings.setdefault((spec, play.episodes.n_results, play.episodes.max_passage_words), []).append(
+                measured
+            )
         for (spec, *_), own in by_settings.items():
             policies = [(each, await policy_of(service, each.weights, self._job.play.sampling)) for each in own]
             await self._play_pool(service, spec, policies)
@@ -262,46 +263,21 @@ class _Evaluation:
         self._emit(PhaseEnded("evaluate", anyio.current_time() - began))
 
 
+@takes_config(EvalConfig, emit="on_event", checkpoint="systems", service_folder="systems=System(service_folder=…)")
 async def evaluate(
     suites: Suites | Manifest | Report,
     search: GivenSearch | None = None,
+    systems: Mapping[str, SystemSource] | SystemSource = None,
+    config: EvalConfig | None = None,
     *,
-    systems: Mapping[str, SystemSource] | None = None,
-    baselines: Annotated[Sequence[Method], list_of(Method)] = (),
-    model: str | Path | None = None,
-    checkpoint: GivenWeights | None = None,
-    label: str = "evaluation",
-    service: str | tinker.ServiceClient | None = None,
-    service_folder: FilePath | None = None,
     out_dir: FilePath | None = None,
     resume: bool = False,
-    split: str | None = None,
-    limit: Count | None = None,
-    question_seed: int = 0,
-    samples: Count = 1,
+    service: str | tinker.ServiceClient | None = None,
     judge: Judge | None = None,
     training_questions: Questions = (),
     reward: RewardFunction | None = None,
-    strict_recipe: bool = False,
-    format: str | None = None,
-    renderer: str | None = None,
-    thinking: Thinking = None,
-    instructions: str | None = None,
-    max_turns: int | None = None,
-    max_tokens: int | None = None,
-    max_trajectory_tokens: int | None = None,
-    malformed_calls: Literal["end", "tell"] | None = None,
-    temperature: float = 1.0,
-    seed: int | None = 0,
-    max_failed_fraction: float = 0.2,
-    max_episodes_in_flight: int = 1024,
-    workers: int | Literal["auto"] = 1,
-    sampling_deadline: Seconds = 1800.0,
-    max_service_outage: Seconds = MAX_SERVICE_OUTAGE,
-    local: LocalOptions | None = None,
-    tokenizer: NameOrFolder | None = None,
     progress: Choice = True,
-    emit: Emit | None = None,
+    on_event: Emit | None = None,
 ) -> Report:
     """Evaluates one or several systems on one or several question suites.
 
@@ -311,35 +287,18 @@ async def evaluate(
     Args:
         suites: benchmark names (``"nq"``; ``"benchmarks"`` for all seven), files, folders, frames, questions, or a list of
             these; see :func:`searchr1_async.evaluation.load_suites`. Or an earlier evaluation to repeat: its folder, ``manifest.json``,
-            :class:`Report` or :class:`Manifest`; arguments that change what is measured are then refused.
+            :class:`Report` or :class:`Manifest`; arguments and settings that change what is measured are then refused.
         search: the search tool. Optional if all systems answer directly, if the evaluated runs were trained with one search
             (their folders describe it), or if a repeated manifest describes it.
-        systems: what to evaluate, by label: a run or its folder (last weights), a ``tinker://`` path, None (the base model), or
-            a :class:`System`. Default: the system of ``model`` and ``checkpoint``, as ``label``.
-        baselines: additional systems that use the base model in other ways: ``"direct"``, ``"rag"``, ``"recipe"`` (the last
-            needs ``pip install 'searchr1_async[recipe]'``); see :class:`System`.
-        model: base model of systems that name none and are not a run. With ``checkpoint``, only needed if not the default.
-        checkpoint: a run's folder (last kept weights), or a ``tinker://…/sampler_weights/…`` path.
-        service_folder: the embedded service's folder with a ``tinker://`` checkpoint; not needed for a run's folder.
+        systems: what to evaluate: a run or its folder (last weights), a ``tinker://`` path, None (the base model), or a
+            :class:`System`; or several of these by label.
+        config: the settings; None: the defaults.
         out_dir: where episodes are written soon after they end; None keeps them as long as the report exists.
         resume: continue the evaluation in ``out_dir``: only missing and failed episodes are rolled out.
-        split: split of every suite; None is the conventional one.
-        limit: maximum number of questions per suite.
-        question_seed: selects the questions under ``limit``, identically on every machine; larger limits include smaller ones.
-        samples: episodes per question; more narrow the interval and allow pass@k.
+        service, reward, progress, on_event: as in :func:`searchr1_async.train`.
         judge: also judges every answer with a model, reported beside exact match. A resumed evaluation may use another judge or
             none; verdicts of different judges are kept apart.
-        format, renderer, thinking, instructions, max_turns, max_tokens, max_trajectory_tokens, malformed_calls: as in
-            :func:`searchr1_async.train`; :class:`System` sets them per system. None: a run uses its training settings; the base
-            model uses those of the evaluated runs if they agree; a baseline keeps its own prompt and the default limits; without
-            runs, the recipe's defaults apply. The same holds for the number and length of passages if ``search`` does not set
-            them. Differences from training are listed in the report's notes. A run's episode time limit does not apply.
         training_questions: additional training questions of the systems, checked for overlap; run folders know their own.
-        temperature: 1 samples as in training, 0 is greedy.
-        seed: sampling seed; None lets the service choose.
-        max_episodes_in_flight: maximum concurrent episodes; backpressure of the service lowers it.
-
-        All others as in :func:`searchr1_async.train`.
 
     Raises:
         ConfigurationError: invalid input; raised before any work starts or anything is written.
@@ -347,51 +306,51 @@ async def evaluate(
         TooManyFailuresError: more than ``max_failed_fraction`` of a system's episodes failed; finished episodes are kept.
     """
     given = checked_arguments(evaluate, locals())
+    config = config or EvalConfig()
+    model = model_name(config.model.name, service)
+    check_thinking(model, config.episode.renderer, config.episode.thinking)
+    choice = settings_of(ServiceChoice, config.flat(), service=service, model=model, local=config.local)
+    # One request per sample, so that a sample lost in a kill is reproduced on resume.
+    sampling = replace(config.sampling, first_turn="split")
     if repeats(suites):
-        refuse_overrides(evaluate, given)
-    model = model_name(model, service)
-    check_thinking(model, renderer, thinking)
-    choice = ServiceChoice(service, model, local or LocalOptions(), given["tokenizer"], given["max_service_outage"])
-    asked = settings_of(EpisodeChoice, given)
-    play = settings_of(
-        PlaySettings,
-        given | asked.play(),
-        reward=reward or settings_of(RecipeReward, given),
-        # One request per sample, so that a sample lost in a kill is reproduced on resume.
-        sampling=settings_of(SamplingSettings, given, deadline=given["sampling_deadline"], first_turn="split"),
-        group_size=given["samples"],
-    )
-    if repeats(suites):
+        refuse_overrides(given, config)
         job = await anyio.to_thread.run_sync(
             lambda: repeated_job(
-                suites, search, choice, play.sampling, out_dir=given["out_dir"], resume=given["resume"], reward=reward
+                suites, search, choice, sampling, out_dir=given["out_dir"], resume=given["resume"], reward=reward
             )
         )
     else:
-        job = await _new_job(given, asked, play, choice)
-    async with AsyncExitStack() as opened, watching("evaluate", progress, emit) as watchers:
+        job = await _new_job(given, config, choice, sampling)
+    async with AsyncExitStack() as opened, watching("evaluate", progress, on_event) as watchers:
         return await run_evaluation(job, watchers, opened)
     raise AssertionError("watching() hides no exception")
 
 
 async def _new_job(
-    given: Mapping[str, Any], asked: EpisodeChoice, play: PlaySettings, choice: ServiceChoice
+    given: Mapping[str, Any], config: EvalConfig, choice: ServiceChoice, sampling: SamplingSettings
 ) -> EvaluationJob:
-    limit, checkpoint, service_folder = given["limit"], given["checkpoint"], given["service_folder"]
+    chosen = config.selection
+    asked = EpisodeChoice().completed_by(config.episode)
+    play = settings_of(
+        PlaySettings,
+        config.flat(),
+        reward=given["reward"] or settings_of(RecipeReward, config.flat()),
+        sampling=sampling,
+        episodes=asked.completed_by(RECIPE_EPISODES),
+        group_size=chosen.samples,
+    )
     suites = await anyio.to_thread.run_sync(
         lambda: load_suites(
             cast(Suites, given["suites"]),
-            split=given["split"],
-            limit=limit,
-            seed=None if limit is None else given["question_seed"],
+            split=chosen.split,
+            limit=chosen.limit,
+            seed=None if chosen.limit is None else chosen.question_seed,
         )
     )
-    if given["systems"] is not None and (checkpoint is not None or service_folder is not None):
-        raise ConfigurationError("pass either systems or checkpoint and service_folder, not both")
-    # With a checkpoint, ``model`` is its base model; with systems, the default for those that name none.
-    own = System(checkpoint, model=None if checkpoint is None else choice.model, service_folder=service_folder)
-    sources = {given["label"]: own} if given["systems"] is None else given["systems"]
-    systems = find_systems(with_baselines(sources, given["baselines"]))
+    sources = given["systems"]
+    if not isinstance(sources, Mapping):
+        sources = {config.label: _with_model(sources, choice.model)}
+    systems = find_systems(with_baselines(sources, tuple(config.baselines)))
     return settings_of(
         EvaluationJob,
         given,
@@ -403,3 +362,9 @@ async def _new_job(
         choice=choice,
         training_questions=optional_questions(given["training_questions"]),
     )
+
+
+def _with_model(source: SystemSource, model: str | None) -> System:
+    """A system without a label; the evaluation's model is its base model."""
+    system = source if isinstance(source, System) else System(checkpoint=source)
+    return system if system.model or system.checkpoint is None else replace(system, model=model)

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import inspect
 import json
 import platform
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from numbers import Integral, Real
@@ -22,7 +21,7 @@ from urllib.parse import urlsplit
 import polars as pl
 
 from searchr1_async.boundary.paths import absolute_path
-from searchr1_async.config import EpisodeLimits, SamplingSettings
+from searchr1_async.config import EpisodeLimits, EvalConfig, SamplingSettings
 from searchr1_async.data.suites import MEMORY, Suite, find_overlap, load_suite
 from searchr1_async.episodes.formats import SEARCH_TOOL
 from searchr1_async.episodes.prompts import EXAMPLES, INSTRUCTIONS, WITHOUT_TOOL, Method, load_recipe_prompt
@@ -46,7 +45,7 @@ from searchr1_async.evaluation.report import Report
 from searchr1_async.evaluation.systems import MeasuredSystem, System
 from searchr1_async.runs.folder import MANIFEST_NAME, training_questions
 from searchr1_async.runs.rollouts import PlaySettings, ServiceChoice
-from searchr1_async.runs.weights import Weights
+from searchr1_async.runs.weights import EpisodeChoice, Weights
 from searchr1_async.search.record import record_of, search_of
 from searchr1_async.search.search import Search
 from searchr1_async.service.connection import is_embedded, is_tinker_cloud
@@ -138,18 +137,18 @@ def _service(job: EvaluationJob) -> dict[str, Any]:
     return {"embedded": embedded, "tinker": not embedded and is_tinker_cloud(service), "host": host}
 
 
+_SAMPLING, _EPISODES = ("temperature", "seed"), ("format", "renderer", "thinking", "instructions")
+"""Settings that a manifest records under their own names."""
+
+
 def _settings(job: EvaluationJob) -> dict[str, Any]:
     play = job.play
     reward = play.reward
     return _plain(
         {
             "samples": job.samples,
-            "temperature": play.sampling.temperature,
-            "seed": play.sampling.seed,
-            "format": play.format_name,
-            "renderer": play.renderer_name,
-            "thinking": play.thinking,
-            "instructions": play.instructions,
+            **{name: getattr(play.sampling, name) for name in _SAMPLING},
+            **{name: getattr(play.episodes, name) for name in _EPISODES},
             "limits": asdict(play.limits),
             # A custom reward may contain anything, even secrets: only its name is recorded.
             "reward": {"kind": type(reward).__name__, **(asdict(reward) if isinstance(reward, RecipeReward) else {})},
@@ -179,7 +178,8 @@ def _systems(job: EvaluationJob) -> tuple[SystemRecord, ...]:
 
 def _system(job: EvaluationJob, measured: MeasuredSystem, overlap: Mapping[str, int] | None) -> SystemRecord:
     system, weights, play = measured.system, measured.weights, job.settings_of(measured)
-    prompt, digest = _prompt(play, system.method)
+    episodes = play.episodes
+    prompt, digest = _prompt(episodes, system.method)
     like, differences = job.played_like(measured), _differences(job, measured, play)
     if (record := measured.record) is not None:
         differences = record.differences
@@ -197,16 +197,16 @@ def _system(job: EvaluationJob, measured: MeasuredSystem, overlap: Mapping[str, 
         step=weights.step,
         run=_folder(weights.run),
         service_folder=None if system.service_folder is None else str(system.service_folder),
-        format=play.format_name,
-        renderer=play.renderer_name,
-        thinking=None if play.thinking == job.play.thinking else play.thinking,
-        instructions=play.instructions,
+        format=episodes.format_name,
+        renderer=episodes.renderer,
+        thinking=None if episodes.thinking == job.play.episodes.thinking else episodes.thinking,
+        instructions=episodes.instructions,
         prompt=prompt,
         prompt_sha256=digest,
         limits=None if system.limits is None and play.limits == job.play.limits else _plain(asdict(play.limits)),
-        n_results=_other(play.n_results, job.search.n_results if job.search else None),
+        n_results=_other(episodes.n_results, job.search.n_results if job.search else None),
         max_passage_words=_other(
-            play.max_passage_words, (job.search.settings.max_passage_words or 0) if job.search else None
+            episodes.max_passage_words, (job.search.settings.max_passage_words or 0) if job.search else None
         ),
         like=_folder(like.run) if like is not None and job.follows_runs else record.like if record else None,
         differences=differences,
@@ -239,13 +239,13 @@ def _folder(run: Path | None) -> str | None:
     return None if run is None else str(run)
 
 
-def _prompt(play: PlaySettings, method: Method) -> tuple[str, str]:
+def _prompt(episodes: EpisodeChoice, method: Method) -> tuple[str, str]:
     """The system prompt, and the SHA-256 of the prompt with the tool or the worked examples."""
     if method == "recipe":
         recipe = load_recipe_prompt()
         prompt, extra = recipe.instructions, recipe.tool
     else:
-        prompt = play.instructions or INSTRUCTIONS[play.format_name, method]
+        prompt = episodes.instructions or INSTRUCTIONS[episodes.format_name, method]
         extra = [(asdict(asked), asdict(found)) for asked, found in EXAMPLES] if method in WITHOUT_TOOL else SEARCH_TOOL
     return prompt, hashlib.sha256(json.dumps([prompt, extra], sort_keys=True).encode()).hexdigest()
 
@@ -283,37 +283,36 @@ def repeats(source: object) -> bool:
     return path.name == MANIFEST_NAME or (path / MANIFEST_NAME).is_file()
 
 
-_ACCEPTED = frozenset(
-    [
-        *("suites", "search", "service", "local", "tokenizer", "out_dir", "resume", "reward"),
-        *("max_episodes_in_flight", "workers", "sampling_deadline", "max_service_outage", "progress", "emit"),
-    ]
-)
+_ACCEPTED = ("suites", "search", "service", "out_dir", "resume", "reward", "progress", "on_event")
 """Arguments that a repetition accepts: they do not change what is measured, or a manifest may not describe them."""
 
 
-def refuse_overrides(evaluate: Callable[..., object], given: Mapping[str, Any]) -> None:
-    """Raises ConfigurationError if arguments that the manifest determines are not at ``evaluate``'s defaults.
+def refuse_overrides(given: Mapping[str, Any], config: EvalConfig) -> None:
+    """Raises ConfigurationError if arguments or settings that the manifest determines are given.
 
-    ``given`` maps all parameter names to values.
+    ``given`` maps all parameter names of ``evaluate`` to values.
     """
-    parameters = inspect.signature(evaluate).parameters
-    changed = [
-        name
-        for name, parameter in parameters.items()
-        if name not in _ACCEPTED and not _is_default(given[name], parameter.default)
-    ]
+    repeatable = {
+        "local": config.local,
+        "tokenizer": config.model.tokenizer,
+        "max_service_outage": config.faults.max_service_outage,
+        "max_episodes_in_flight": config.sampling.max_episodes_in_flight,
+        "workers": config.sampling.workers,
+        "first_turn": config.sampling.first_turn,
+        "sampling_deadline": config.sampling.deadline,
+    }
+    usual = EvalConfig(**repeatable).flat()
+    changed: list[str] = []
+    for name, value in given.items():
+        if name == "config":
+            changed += [setting for setting, chosen in config.flat().items() if chosen != usual[setting]]
+        # A frame of training questions has no truth value.
+        elif name not in _ACCEPTED and value is not None and not (isinstance(value, list | tuple | dict) and not value):
+            changed.append(name)
     if changed:
         raise ConfigurationError(
             f"an evaluation is repeated with its original settings: omit {', '.join(changed)}, or evaluate the suites anew"
         )
-
-
-def _is_default(value: Any, default: Any) -> bool:
-    if isinstance(default, tuple) and isinstance(value, list | tuple):
-        return tuple(value) == default
-    # A frame of training questions has no truth value.
-    return value is default or (isinstance(value, str | int | float) and value == default)
 
 
 def repeated_job(
@@ -343,12 +342,12 @@ def repeated_job(
         search=search if manifest.search is None else search_of(manifest.search, search, "the manifest"),
         play=PlaySettings(
             reward=reward or _reward(settings["reward"]),
-            limits=EpisodeLimits(**settings["limits"]),
-            sampling=replace(sampling, temperature=settings["temperature"], seed=settings["seed"]),
-            format_name=settings["format"],
-            renderer_name=settings["renderer"],
-            thinking=settings.get("thinking", AS_TEMPLATE),
-            instructions=settings["instructions"],
+            sampling=replace(sampling, **{name: settings[name] for name in _SAMPLING}),
+            # Older manifests lack thinking.
+            episodes=EpisodeChoice(
+                **{"thinking": AS_TEMPLATE} | {name: settings[name] for name in _EPISODES if name in settings},
+                **settings["limits"],
+            ),
             group_size=settings["samples"],
             max_failed_fraction=settings["max_failed_fraction"],
         ),

@@ -59,7 +59,7 @@ class EvaluationJob:
         for each in self.systems:
             play = self.settings_of(each)
             if each.system.method == "recipe":
-                check_recipe(play.format_name, play.instructions)
+                check_recipe(play.episodes.format_name, play.episodes.instructions)
         _ = self.found_judge  # raises if the judge is invalid
         if self.resume and self.out_dir is None:
             raise ConfigurationError("resume=True continues the evaluation in out_dir: pass out_dir")
@@ -90,7 +90,7 @@ class EvaluationJob:
         chosen = measured.named.completed_by(asked).completed_by(named_passages(self.search))
         if (like := self.played_like(measured)) is not None:
             chosen = chosen.completed_by(self._of_training(like, measured))
-        return replace(self.play, **chosen.completed_by(usual).play())
+        return replace(self.play, episodes=chosen.completed_by(usual))
 
     def played_like(self, measured: MeasuredSystem) -> Weights | None:
         """The run whose training settings a system uses: its own; for other systems, the runs of this evaluation if they agree.
@@ -219,9 +219,9 @@ async def settled(job: EvaluationJob, emit: Emit) -> EvaluationJob:
     earlier = None
     if job.resume and job.out_dir is not None:
         earlier = await anyio.to_thread.run_sync(Manifest.load, job.out_dir)
-    if earlier is not None and "thinking" not in earlier.settings and job.play.thinking is None:
+    if earlier is not None and "thinking" not in earlier.settings and job.play.episodes.thinking is None:
         # Started by an older version: keep the setting of its first episodes.
-        job = replace(job, play=replace(job.play, thinking=AS_TEMPLATE))
+        job = replace(job, play=replace(job.play, episodes=replace(job.play.episodes, thinking=AS_TEMPLATE)))
     if earlier is not None and "follows_runs" not in earlier.settings:
         job = replace(job, follows_runs=False)
     unnamed = [each.label for each in job.systems if job.choice_of(each).model is None]

@@ -7,29 +7,28 @@ The public function ``ask``: one question to a model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
 
 import anyio
 import tinker
 
 from searchr1_async.billing import TokenUsage
-from searchr1_async.boundary.paths import FilePath, NameOrFolder
-from searchr1_async.boundary.settings import Seconds, checked_arguments, settings_of
-from searchr1_async.config import EpisodeLimits, LocalOptions, SamplingSettings
+from searchr1_async.boundary.paths import FilePath
+from searchr1_async.boundary.settings import checked_arguments
+from searchr1_async.config import AskConfig, EpisodeLimits, EpisodeSettings, SamplingSettings
+from searchr1_async.config.configs import takes_config
 from searchr1_async.episodes.formats import Dialect
 from searchr1_async.episodes.play import Policy, SampledTurn, SearchTool, play
 from searchr1_async.episodes.reward import RecipeReward
 from searchr1_async.episodes.types import Episode, Passage, Question, SearchCall
 from searchr1_async.errors import ConfigurationError, QuestionsError, SearchError, ServiceError
 from searchr1_async.events import BesideSampled, Emit
-from searchr1_async.models import Thinking
 from searchr1_async.rollout.player import NewestWeights, TinkerPolicy
 from searchr1_async.runs.folder import kept_search
 from searchr1_async.runs.rollouts import PlaySettings, ServiceChoice, playing
 from searchr1_async.runs.weights import (
+    RECIPE_EPISODES,
     EpisodeChoice,
     GivenSearch,
     GivenWeights,
@@ -105,12 +104,6 @@ def asked_question(text: str) -> Question:
     if not isinstance(text, str) or not text.strip():
         raise QuestionsError(f"{text!r} is no question: pass its text, such as 'Which country …?'")
     return Question(ASKED, text, data_source=ASKED)
-
-
-def asked_limits(limits: EpisodeLimits, changes: Mapping[str, Any]) -> EpisodeLimits:
-    """The limits with the changes that are not None, and without the episode time limit."""
-    given = {name: value for name, value in changes.items() if value is not None}
-    return replace(limits, **given, max_seconds=None)
 
 
 async def play_asked(
@@ -210,14 +203,14 @@ class LiveAnswers:
         sampling: SamplingSettings,
         *,
         search: Search | None = None,
-        limits: Mapping[str, Any],
+        changes: EpisodeSettings,
         weights: Weights | None = None,
     ) -> Answer:
         """Answers the question.
 
         Args:
             search: None: the run's. Another shows as many passages as the run's, unless it was created with its own number.
-            limits: changes to the run's; see :func:`asked_limits`.
+            changes: their limits replace the run's; the run's episode time limit does not apply.
             weights: kept ones; None: the newest at each turn, since the previous turn's may be gone.
 
         Raises:
@@ -225,7 +218,7 @@ class LiveAnswers:
             ServiceError: the service returned no sample, or does not have the weights.
             SearchError: a search failed, or ``search`` cannot be opened.
         """
-        changed = asked_limits(self._limits, limits)
+        limits = changes.completed_by(EpisodeChoice.of_limits(replace(self._limits, max_seconds=None))).limits
         policy: Policy = _NewestPolicy(self._newest, sampling)
         if weights is not None:
             client = await self._service.create_sampling_client(weights.path)
@@ -237,7 +230,7 @@ class LiveAnswers:
                 dialect=self._dialect,
                 policy=policy,
                 search=showing(tool, shown.n_results, shown.max_passage_words),
-                limits=changed,
+                limits=limits,
                 seed=sampling.seed,
                 sampled=self._count,
             )
@@ -264,34 +257,18 @@ class _NewestPolicy:
         return await policy.sample(prompt_tokens, max_tokens=max_tokens, stop=stop, seed=seed)
 
 
-SAMPLING_DEADLINE = 600.0
-"""Seconds per turn: less than in training, since a person waits."""
-
-
+@takes_config(AskConfig, emit="on_event")
 async def ask(
     question: str,
     search: GivenSearch | None = None,
+    config: AskConfig | None = None,
     *,
     checkpoint: GivenWeights | None = None,
     step: Step = "last",
-    model: str | Path | None = None,
     service: str | tinker.ServiceClient | None = None,
     service_folder: FilePath | None = None,
-    format: str | None = None,
-    renderer: str | None = None,
-    thinking: Thinking = None,
-    instructions: str | None = None,
-    max_turns: int | None = None,
-    max_tokens: int | None = None,
-    max_trajectory_tokens: int | None = None,
-    malformed_calls: Literal["end", "tell"] | None = None,
-    temperature: float = 0.0,
-    seed: int | None = None,
-    sampling_deadline: Seconds = SAMPLING_DEADLINE,
-    local: LocalOptions | None = None,
-    tokenizer: NameOrFolder | None = None,
     progress: Choice = "quiet",
-    emit: Emit | None = None,
+    on_event: Emit | None = None,
 ) -> Answer:
     """Asks a model one question: runs one episode with the search and returns it with its answer.
 
@@ -299,31 +276,20 @@ async def ask(
 
         await sr.ask("Which river flows through Bamako?", checkpoint="runs/first")
 
-    Needs no golden answer and computes no reward. With a run's weights, None means the run's own setting (prompt, format, limits),
-    its search as kept in its folder, and its tokenizer.
+    Needs no golden answer and computes no reward. With a run's weights, open settings are the run's own (prompt, format, limits),
+    its search is that kept in its folder, and so is its tokenizer. A run's episode time limit does not apply.
 
     Args:
         question: the question's text.
         search: the tool; None: the search of the run in ``checkpoint``, rebuilt from the run's folder.
+        config: the settings; None: the defaults, which sample greedily.
         checkpoint: a run's folder, a ``tinker://…/sampler_weights/…`` path, or None for the base model.
         step: for a run: its last kept weights (``"last"``), its best on the held-out questions (``"best"``), or a step's number.
-        model: the base model; None: the run's, else the service's default.
         service: base URL or client of a Tinker service; None as in :func:`searchr1_async.train`. The embedded service opens
             a run's weights in the run's folder.
         service_folder: the embedded service's folder with a ``tinker://`` checkpoint; not needed for a run's folder.
-        format: tool-call format; None: the run's, else ``"hermes"``.
-        renderer: chat format; None: the run's, else chosen by the model's name.
-        thinking: as in :func:`searchr1_async.train`; None: the run's, else the format's default.
-        instructions: the system prompt; None: the run's, else the format's own.
-        max_turns, max_tokens, max_trajectory_tokens, malformed_calls: limits of the episode; None: the run's, else the default of
-            :class:`~searchr1_async.config.EpisodeLimits`. A run's episode time limit does not apply.
-        temperature: 0 is greedy; 1 samples as in training.
-        seed: for sampling; None lets the service choose.
-        sampling_deadline: seconds per turn.
-        local: options of the embedded service.
-        tokenizer: a folder or name; None: the run's, else the model's own.
         progress: ``"quiet"`` reports what it waits for after 5 seconds; see :func:`searchr1_async.train` for the others.
-        emit: receives the events of opening the services.
+        on_event: receives the events of opening the services.
 
     Returns:
         The answer, with rich display. If the episode ended without one (out of turns, a malformed call), ``answer`` is None.
@@ -336,31 +302,27 @@ async def ask(
     given = checked_arguments(ask, locals())
     asked = asked_question(given["question"])
     checkpoint, step, service_folder = given["checkpoint"], given["step"], given["service_folder"]
+    config = config or AskConfig()
     weights = find_weights(checkpoint, step, service_folder=service_folder)
     _check_service(weights, service)
-    choice = settings_of(EpisodeChoice, given)
+    choice = EpisodeChoice().completed_by(config.episode)
     _ = weights.episodes(choice, search).limits  # refused before a corpus is read
     search = search or await _search_of(weights)
-    play = PlaySettings(
-        reward=RecipeReward(),
-        sampling=settings_of(SamplingSettings, given, deadline=given["sampling_deadline"]),
-        **weights.episodes(choice, search).play(),
-    )
+    play = PlaySettings(RecipeReward(), config.sampling, weights.episodes(choice, search).completed_by(RECIPE_EPISODES))
+    tokenizer = config.model.tokenizer or _tokenizer_of(weights)
     async with playing(
         search,
         play,
-        ServiceChoice(
-            service, model_name(model, service), local or LocalOptions(), given["tokenizer"] or _tokenizer_of(weights)
-        ),
+        ServiceChoice(service, model_name(config.model.name, service), config.local, tokenizer),
         weights=weights,
         progress=progress,
-        emit=emit,
+        emit=on_event,
     ) as (engine, policy):
         episode = await play_asked(
             asked,
             dialect=engine.dialect,
             policy=policy,
-            search=showing(search, play.n_results, play.max_passage_words),
+            search=showing(search, play.episodes.n_results, play.episodes.max_passage_words),
             limits=play.limits,
             seed=play.sampling.seed,
         )

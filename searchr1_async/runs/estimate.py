@@ -1,16 +1,13 @@
-"""Cost estimate of a training run from its settings: tokens by kind, dollars, assumptions. Needs no service or tokenizer.
-
-Default sizes of a run: the recipe's, or a laptop's.
-"""
+"""Cost estimate of a training run from its settings: tokens by kind, dollars, assumptions. Needs no service or tokenizer."""
 
 from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import polars as pl
 import tinker
@@ -18,8 +15,6 @@ import tinker
 from searchr1_async.billing import Billing, TokenUsage
 from searchr1_async.boundary.paths import FilePath
 from searchr1_async.boundary.settings import (
-    Count,
-    NotNegative,
     Positive,
     Range,
     Share,
@@ -27,85 +22,16 @@ from searchr1_async.boundary.settings import (
     checked_arguments,
     settings_of,
 )
-from searchr1_async.config import EpisodeLimits, WarmUp
+from searchr1_async.config import EpisodeLimits, TrainConfig, WarmUp, chosen_sizes
+from searchr1_async.config.configs import takes_config
 from searchr1_async.data.questions import Questions, checked_questions, optional_questions
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import ConfigurationError, RunFolderError
-from searchr1_async.models import Price
 from searchr1_async.records.run_records import RunRecords
 from searchr1_async.runs.rollouts import check_format
 from searchr1_async.runs.weights import model_name
 from searchr1_async.service.connection import is_embedded
 from searchr1_async.service.startup import billing_on
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """Sizes of a run, as in :func:`searchr1_async.train`; ``steps=None`` is all batches of ``epochs``."""
-
-    group_size: int
-    groups_per_batch: int
-    minibatches: int
-    steps: int | None
-    max_turns: int
-    max_tokens: int
-    max_trajectory_tokens: int
-    epochs: int = 1
-
-    def __str__(self) -> str:
-        steps = "" if self.steps is None else f"{self.steps} steps of "
-        return (
-            f"{steps}{self.groups_per_batch} groups of {self.group_size} episodes, at most {self.max_turns} turns of "
-            f"{self.max_tokens} tokens"
-        )
-
-
-RECIPE = Sizes(
-    group_size=8,
-    groups_per_batch=512,
-    minibatches=4,
-    steps=None,
-    max_turns=5,
-    max_tokens=1024,
-    max_trajectory_tokens=32 * 1024,
-)
-"""Sizes of the Search-R1 recipe of tinker-cookbook."""
-LAPTOP = Sizes(
-    group_size=8,
-    groups_per_batch=8,
-    minibatches=4,
-    steps=12,
-    max_turns=3,
-    max_tokens=64,
-    max_trajectory_tokens=4096,
-)
-"""Sizes on the embedded service: 768 episodes; one step of the recipe has 4,096, most of a day on two cores."""
-
-
-def chosen_sizes(
-    given: Mapping[str, Any], *, questions: int, is_embedded: bool, begun: Mapping[str, Any] | None = None
-) -> Sizes:
-    """The sizes of a run.
-
-    Args:
-        given: the arguments of :func:`searchr1_async.train`; None: not set.
-        questions: number of training questions; a run with the laptop's default steps uses each at most once.
-        is_embedded: on the embedded service.
-        begun: settings of the run to resume, whose sizes apply.
-    """
-    own = {**(begun or {}).get("limits", {}), **(begun or {}).get("learning", {})}
-    known = {**own, **{name: value for name, value in given.items() if value is not None}}
-    default = LAPTOP if is_embedded else RECIPE
-    names = [field.name for field in fields(Sizes) if field.name != "steps"]
-    sizes = replace(default, steps=given.get("steps"), **{name: known[name] for name in names if name in known})
-    if "minibatches" not in known:
-        sizes = replace(sizes, minibatches=min(sizes.minibatches, sizes.groups_per_batch))
-    says_nothing = all(given.get(name) is None for name in ("steps", "groups_per_batch", "epochs", "time_limit"))
-    # A run started with another batch size was started to complete its epochs.
-    if not says_nothing or default.steps is None or sizes.groups_per_batch != default.groups_per_batch:
-        return sizes
-    return replace(sizes, steps=default.steps) if questions > default.steps * sizes.groups_per_batch else sizes
-
 
 TURNS = 3.0
 """Turns per episode, as the Search-R1 recipe of tinker-cookbook reports for Qwen3.5-4B."""
@@ -158,6 +84,23 @@ class RunShape:
     warm_up: WarmUp | None = None
     has_penalty: bool = False
     """``kl_coefficient`` is above 0: the base model reads every trained episode."""
+
+    @classmethod
+    def of(
+        cls, config: TrainConfig, *, questions: Sequence[Question], held_out: Sequence[Question], search_results: int
+    ) -> RunShape:
+        """The shape of a run with these settings, whose sizes are chosen."""
+        return settings_of(
+            cls,
+            config.flat(),
+            questions=len(questions),
+            question_letters=sum(len(question.question) for question in questions) / len(questions),
+            limits=config.episode.limits,
+            format_name=config.episode.format_name,
+            search_results=search_results,
+            held_out=len(held_out),
+            has_penalty=config.learning.kl_coefficient > 0,
+        )
 
     @property
     def groups(self) -> int:
@@ -234,25 +177,13 @@ class CostEstimate:
         )
 
 
+@takes_config(TrainConfig)
 def estimate_cost(
     questions: Questions,
+    config: TrainConfig | None = None,
     *,
-    model: str | Path | None = None,
-    service: str | tinker.ServiceClient | None = None,
-    price: Price | None = None,
     held_out: Questions = (),
-    held_out_samples: Count = 1,
-    evaluate_every: Count | None = None,
-    warm_up: WarmUp | None = None,
-    format: str = "hermes",
-    group_size: Count | None = None,
-    groups_per_batch: Count | None = None,
-    steps: Count | None = None,
-    epochs: Count | None = None,
-    kl_coefficient: NotNegative = 0.0,
-    max_turns: int | None = None,
-    max_tokens: int | None = None,
-    max_trajectory_tokens: int | None = None,
+    service: str | tinker.ServiceClient | None = None,
     search_results: Annotated[int, Range(at_least=1, at_most=100)] = 3,
     turns: float | None = None,
     tokens_per_turn: float | None = None,
@@ -265,7 +196,7 @@ def estimate_cost(
     """Estimates the cost of :func:`train` with these settings, without asking a service.
 
     Args:
-        questions: as in :func:`train`, like all arguments that share its names and defaults.
+        questions, config, held_out, service: as in :func:`train`.
         search_results: passages shown per search.
         turns: mean sampled turns per episode; None: 3, or ``max_turns`` if less.
         tokens_per_turn: mean sampled tokens per turn; None: 100, or ``max_tokens`` if less.
@@ -282,26 +213,18 @@ def estimate_cost(
         RunFolderError: the past run has no finished step.
     """
     given = checked_arguments(estimate_cost, locals())
-    check_format(format)
+    config = config or TrainConfig()
+    check_format(config.episode.format_name)
     items = checked_questions(questions)
-    given |= asdict(chosen_sizes(given, questions=len(items), is_embedded=is_embedded(service)))
-    shape = settings_of(
-        RunShape,
-        given,
-        questions=len(items),
-        question_letters=mean_letters(items),
-        limits=settings_of(EpisodeLimits, given),
-        format_name=format,
-        held_out=len(optional_questions(held_out)),
-        has_penalty=given["kl_coefficient"] > 0,
+    sizes = chosen_sizes(config.flat(), questions=len(items), is_embedded=is_embedded(service))
+    shape = RunShape.of(
+        config.replace(**asdict(sizes)),
+        questions=items,
+        held_out=optional_questions(held_out),
+        search_results=given["search_results"],
     )
-    billing = billing_on(service, model_name(model, service), price)
+    billing = billing_on(service, model_name(config.model.name, service), config.cost.price)
     return estimate(shape, billing, settings_of(Assumed, given), given["like"])
-
-
-def mean_letters(questions: Sequence[Question]) -> float:
-    """Mean characters per question."""
-    return sum(len(question.question) for question in questions) / len(questions)
 
 
 def estimate(

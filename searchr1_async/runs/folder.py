@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from searchr1_async.billing import Billing, Cost, TokenUsage, find_price
 from searchr1_async.boundary.paths import write_atomically, write_parquet
 from searchr1_async.boundary.tables import read_parquet
+from searchr1_async.config import TrainConfig
 from searchr1_async.episodes.table import storable
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import CheckpointError, ConfigurationError, RunFolderError, first_error
@@ -49,8 +50,9 @@ _QUESTIONS_SCHEMA = pl.Schema(
     {"id": pl.String, "question": pl.String, "golden_answers": pl.List(pl.String), "data_source": pl.String}
 )
 _LOCK_FILE, _TOKENIZER = "run.lock", "tokenizer"
+CONFIG_FILE = "config.toml"
 _LOGS = {_LOCK_FILE, "service", "events.jsonl", "tensorboard", "wandb"}
-_OWN_FILES = {_QUESTIONS_FILE, SEARCH_FILE, _TOKENIZER, "checkpoints.json"}
+_OWN_FILES = {_QUESTIONS_FILE, SEARCH_FILE, CONFIG_FILE, _TOKENIZER, "checkpoints.json"}
 _DISPOSABLE = {*_LOGS, *_OWN_FILES, "tokenizer.partial"}
 """Files a folder may hold before any work was done."""
 
@@ -128,6 +130,12 @@ def keep_search(search: Search, folder: Path) -> None:
     """Saves how the run's search is built. Every session writes it, since a resume may have moved the index."""
     with writing_records(folder):
         write_atomically(folder / SEARCH_FILE, json.dumps(record_of(search), indent=1).encode())
+
+
+def keep_config(config: TrainConfig, folder: Path) -> None:
+    """Saves the run's settings, sizes included. Every session writes them, since a resume may change some."""
+    with writing_records(folder):
+        config.save(folder / CONFIG_FILE)
 
 
 def kept_search(folder: Path) -> Search:

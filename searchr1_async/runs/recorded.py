@@ -11,18 +11,21 @@ import polars as pl
 import tinker
 
 from searchr1_async.boundary.paths import absolute_path
-from searchr1_async.config import LocalOptions, SamplingSettings
+from searchr1_async.boundary.settings import checked_arguments
+from searchr1_async.config import AskConfig, TrainConfig
+from searchr1_async.config.configs import takes_config
 from searchr1_async.episodes.types import Episode
 from searchr1_async.errors import ConfigurationError, RunFolderError
 from searchr1_async.events import Emit
 from searchr1_async.records.run_records import RunRecords
-from searchr1_async.runs.ask import SAMPLING_DEADLINE, Answer, LiveAnswers, ask, asked_question
+from searchr1_async.runs.ask import Answer, LiveAnswers, ask, asked_question
 from searchr1_async.runs.checkpoints import KeptCheckpoint, ResumePoint, best_checkpoint, kept_checkpoints
 from searchr1_async.runs.export import export
-from searchr1_async.runs.folder import TrainingResult, is_claimed, result_of
+from searchr1_async.runs.folder import CONFIG_FILE, TrainingResult, is_claimed, result_of
 from searchr1_async.runs.rollouts import ServiceChoice
 from searchr1_async.runs.weights import Step, find_weights
 from searchr1_async.search.search import Search
+from searchr1_async.service.connection import ServiceName
 from searchr1_async.trackers import EVENTS_FILE
 from searchr1_async.watch.dashboard import Choice
 from searchr1_async.watch.viewer import CellView, load_tokenizer, remember_tokenizer, view_run
@@ -61,6 +64,15 @@ class RecordedRun:
         """The run's settings as plain JSON values; empty before its first resume point."""
         point = ResumePoint.load(self._out_dir)
         return dict(point.settings) if point else {}
+
+    @property
+    def config(self) -> TrainConfig:
+        """The run's settings as given and chosen, of its last session.
+
+        Raises:
+            ConfigurationError: the folder has none: the run has not started, or was started by an earlier version.
+        """
+        return TrainConfig.load(self._out_dir / CONFIG_FILE)
 
     @property
     def result(self) -> TrainingResult:
@@ -118,22 +130,17 @@ class RecordedRun:
             remember_tokenizer(self._tokenizer)
         return found
 
+    @takes_config(AskConfig, emit="on_event")
     async def ask(
         self,
         question: str,
         search: Search | None = None,
+        config: AskConfig | None = None,
         *,
         step: Step = "last",
-        temperature: float = 0.0,
-        seed: int | None = None,
-        max_turns: int | None = None,
-        max_tokens: int | None = None,
         service: str | tinker.ServiceClient | None = None,
-        local: LocalOptions | None = None,
-        tokenizer: str | None = None,
-        sampling_deadline: float = SAMPLING_DEADLINE,
         progress: Choice = "quiet",
-        emit: Emit | None = None,
+        on_event: Emit | None = None,
     ) -> Answer:
         """Asks the trained model one question; the answer has rich display in a notebook and when printed.
 
@@ -146,47 +153,43 @@ class RecordedRun:
         Args:
             search: the tool; None: the run's own.
             step: which kept weights: ``"last"``, ``"best"``, or a step's number (see :attr:`checkpoints`).
-            service, local, tokenizer: only for an ended run; None: the run's own, if this is its handle.
+            config: its model and options of the embedded service are only for an ended run; None: the run's own, if this is its
+                handle.
+            service: only for an ended run; None likewise.
 
             The others as in :func:`searchr1_async.ask`.
 
         Raises:
             ConfigurationError, ServiceError, SearchError: as :func:`searchr1_async.ask`.
         """
+        checked_arguments(RecordedRun.ask, locals())
         asked = asked_question(question)
-        sampling = SamplingSettings(temperature=temperature, seed=seed, deadline=sampling_deadline)
+        settings = config or AskConfig()
 
         async def put(answers: LiveAnswers) -> Answer:
             return await answers.answer(
                 asked,
-                sampling,
+                settings.sampling,
                 search=search,
-                limits={"max_turns": max_turns, "max_tokens": max_tokens},
+                changes=settings.episode,
                 weights=None if step == "last" else find_weights(self._out_dir, step),
             )
 
         if self._is_live:
-            if (service, local, tokenizer) != (None, None, None):
-                raise ConfigurationError(
-                    "service, local and tokenizer are only for an ended run: this one answers with its own service"
-                )
-            if (answer := await self._ask_live(put, progress, emit)) is not None:
+            _refuse_other_service(settings, service)
+            if (answer := await self._ask_live(put, progress, on_event)) is not None:
                 return answer
+        if settings.local == AskConfig().local:
+            settings = settings.replace(local=self._choice.local)
         return await ask(
             question,
             search or self._search,
+            settings.replace(tokenizer=settings.model.tokenizer or self._choice.tokenizer),
             checkpoint=self._out_dir,
             step=step,
-            temperature=temperature,
-            seed=seed,
-            max_turns=max_turns,
-            max_tokens=max_tokens,
             service=service or self._choice.service,
-            local=local or self._choice.local,
-            tokenizer=tokenizer or self._choice.tokenizer,
-            sampling_deadline=sampling_deadline,
             progress=progress,
-            emit=emit,
+            on_event=on_event,
         )
 
     @property
@@ -245,6 +248,16 @@ class RecordedRun:
     def __repr__(self) -> str:
         state = "ended" if self.done else "running"
         return f"{type(self).__name__}({str(self._out_dir)!r}, {self.step} steps, {state})"
+
+
+def _refuse_other_service(config: AskConfig, service: ServiceName) -> None:
+    """Refuses what a running run cannot change: it answers with its own service and prompt."""
+    usual, episode = AskConfig(), config.episode
+    prompt = (episode.format, episode.renderer, episode.thinking, episode.instructions)
+    if service is not None or (config.model, config.local) != (usual.model, usual.local) or prompt != (None,) * 4:
+        raise ConfigurationError(
+            "service, local, tokenizer, model and prompt are only for an ended run: this one answers with its own service"
+        )
 
 
 def recorded_run(path: Path) -> RecordedRun:

@@ -9,14 +9,14 @@ import asyncio
 import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import anyio
 
-from searchr1_async.boundary.settings import Count, Natural, Seconds, Share, check_settings
+from searchr1_async.boundary.settings import Count, Seconds, Share, check_settings
 from searchr1_async.boundary.signals import ending_cleanly
 from searchr1_async.config import MAX_SERVICE_OUTAGE, EpisodeLimits, LocalOptions, SamplingSettings
 from searchr1_async.episodes.formats import FORMATS, make_dialect
@@ -36,13 +36,12 @@ from searchr1_async.events import (
     RunStarted,
     emit_nothing,
 )
-from searchr1_async.models import Thinking
 from searchr1_async.records.metrics import CURVES, EpisodeMeans
 from searchr1_async.rollout.engine import GroupToPlay, RolloutEngine, open_engine
 from searchr1_async.rollout.player import GroupPolicy, TinkerPolicy
 from searchr1_async.rollout.workers.messages import WorkerSpec
 from searchr1_async.runs.evaluation import Evaluation
-from searchr1_async.runs.weights import EpisodeChoice, Weights, described_differences
+from searchr1_async.runs.weights import RECIPE_EPISODES, EpisodeChoice, Weights, described_differences
 from searchr1_async.search.record import showing
 from searchr1_async.search.search import Search
 from searchr1_async.service.availability import watching_service
@@ -58,40 +57,23 @@ class PlaySettings:
     """How episodes are rolled out and scored; validated on creation."""
 
     reward: RewardFunction
-    limits: EpisodeLimits
     sampling: SamplingSettings
-    format_name: str = "hermes"
-    renderer_name: str | None = None
-    thinking: Thinking = None
-    """Whether and how hard the model thinks; None: as its weights were trained, else its chat format's default."""
-    instructions: str | None = None
-    """The system prompt; None: the method's own."""
-    n_results: Count | None = None
-    """Passages per query; None: the search's own number."""
-    max_passage_words: Natural | None = None
-    """Words after which a passage is cut, 0 for whole ones; None: as the search cuts them."""
+    episodes: EpisodeChoice = RECIPE_EPISODES
+    """Open are only settings without a default: of the chat format, the prompt and the search."""
     group_size: Count = 1
     """Episodes per question."""
     max_failed_fraction: Share = 0.2
     """Fraction of failed episodes above which the work stops: a service is broken."""
 
     @property
-    def episodes(self) -> EpisodeChoice:
-        """The settings as an :class:`EpisodeChoice`."""
-        return EpisodeChoice(
-            format=self.format_name,
-            renderer=self.renderer_name,
-            thinking=self.thinking,
-            instructions=self.instructions,
-            n_results=self.n_results,
-            max_passage_words=self.max_passage_words,
-            **asdict(self.limits),
-        )
+    def limits(self) -> EpisodeLimits:
+        return self.episodes.limits
 
     def __post_init__(self) -> None:
         check_settings(self)
-        check_format(self.format_name)
-        check_thinking(None, self.renderer_name, self.thinking)
+        _ = self.limits  # checks them together
+        check_format(self.episodes.format_name)
+        check_thinking(None, self.episodes.renderer, self.episodes.thinking)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,13 +126,13 @@ async def opened_service(choice: ServiceChoice, folder: Path | None, emit: Emit)
 def worker_spec(service: Service, play: PlaySettings, method: Method = "search") -> WorkerSpec:
     """How a model's episodes are rolled out; work with equal specs can share an engine."""
     return WorkerSpec(
-        play.format_name,
+        play.episodes.format_name,
         service.model_name,
         service.tokenizer.name_or_path,
         play.limits,
-        renderer_name=play.renderer_name,
-        thinking=play.thinking,
-        instructions=play.instructions,
+        renderer_name=play.episodes.renderer,
+        thinking=play.episodes.thinking,
+        instructions=play.episodes.instructions,
         first_turn=play.sampling.first_turn,
         method=method,
     )
@@ -163,12 +145,12 @@ def check_prompt(label: str, model_name: str, tokenizer: Any, play: PlaySettings
         label: whose prompt it is, for the message.
     """
     dialect = make_dialect(
-        play.format_name,
+        play.episodes.format_name,
         model_name,
         tokenizer,
-        renderer_name=play.renderer_name,
-        thinking=play.thinking,
-        instructions=play.instructions,
+        renderer_name=play.episodes.renderer,
+        thinking=play.episodes.thinking,
+        instructions=play.episodes.instructions,
         method=method,
     )
     given = SearchCall(("?",), ((),)) if method == "rag" else None
@@ -186,7 +168,7 @@ async def opened_engine(
 ) -> AsyncIterator[RolloutEngine]:
     """An engine with these settings on this service."""
     watch = service.watch
-    tool = no_search if search is None else showing(search, play.n_results, play.max_passage_words)
+    tool = no_search if search is None else showing(search, play.episodes.n_results, play.episodes.max_passage_words)
     async with open_engine(
         spec,
         service.tokenizer,
@@ -260,7 +242,11 @@ async def playing(
             _warn_of_differences(weights, play, watchers)
         model = await check_service(choice.service, choice.model, choice.local, emit=watchers)
         await check_chat_format(
-            choice.service, model, choice.tokenizer, renderer_name=play.renderer_name, thinking=play.thinking
+            choice.service,
+            model,
+            choice.tokenizer,
+            renderer_name=play.episodes.renderer,
+            thinking=play.episodes.thinking,
         )
         await open_search(search, watchers)
         async with search, opened_service(choice, weights.service_folder, watchers) as service:

@@ -10,16 +10,15 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from searchr1_async.boundary.paths import absolute_path, as_name_or_folder
-from searchr1_async.boundary.settings import as_text, check_settings, shown, shown_with_kind
-from searchr1_async.config import EpisodeLimits
+from searchr1_async.boundary.paths import as_name_or_folder
+from searchr1_async.boundary.settings import as_text, shown, shown_with_kind
+from searchr1_async.config import EpisodeLimits, EpisodeSettings, as_weights
 from searchr1_async.episodes.rendering import AS_TEMPLATE
 from searchr1_async.errors import ConfigurationError, RunFolderError
-from searchr1_async.models import Thinking
 from searchr1_async.runs.checkpoints import KeptCheckpoint, ResumePoint, best_checkpoint, kept_checkpoints
 from searchr1_async.search.search import Search
 from searchr1_async.service.connection import ServiceName, is_embedded
@@ -33,63 +32,27 @@ _LIMITS = tuple(field.name for field in fields(EpisodeLimits))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EpisodeChoice:
-    """Settings of episodes. None leaves a setting open; see :meth:`completed_by`."""
+class EpisodeChoice(EpisodeSettings):
+    """Settings of episodes and of the passages shown. None leaves a setting open."""
 
-    format: str | None = None
-    renderer: str | None = None
-    thinking: Thinking = None
-    instructions: str | None = None
-    max_turns: int | None = None
-    max_tokens: int | None = None
-    max_trajectory_tokens: int | None = None
-    max_queries_per_call: int | None = None
-    malformed_calls: Literal["end", "tell"] | None = None
-    max_seconds: float | None = None
     n_results: int | None = None
     """Passages per query."""
     max_passage_words: int | None = None
     """Words after which a passage is cut; 0: never."""
-
-    def __post_init__(self) -> None:
-        check_settings(self)
 
     @classmethod
     def of_limits(cls, limits: EpisodeLimits | None) -> EpisodeChoice:
         """All of these limits; an open choice for None."""
         return cls() if limits is None else cls(**asdict(limits))
 
-    def completed_by(self, other: EpisodeChoice) -> EpisodeChoice:
-        """This choice, with open settings taken from the other."""
-        mine = {name: value for name, value in asdict(self).items() if value is not None}
-        return replace(other, **mine)
-
-    @property
-    def limits(self) -> EpisodeLimits:
-        """The limits, with defaults for open ones; validates them."""
-        chosen = {name: getattr(self, name) for name in _LIMITS}
-        return EpisodeLimits(**{name: value for name, value in chosen.items() if value is not None})
-
-    def play(self) -> dict[str, Any]:
-        """Arguments of :class:`~searchr1_async.runs.rollouts.PlaySettings`, with the recipe's defaults for open settings."""
-        return {
-            "limits": self.limits,
-            "format_name": "hermes" if self.format is None else self.format,
-            "renderer_name": self.renderer,
-            "thinking": self.thinking,
-            "instructions": self.instructions,
-            "n_results": self.n_results,
-            "max_passage_words": self.max_passage_words,
-        }
-
     def __str__(self) -> str:
         """The settings that differ from the recipe's: ``format='tags', max_turns=3``."""
-        usual = {**asdict(RECIPE), "max_passage_words": 0}
+        usual = {**asdict(RECIPE_EPISODES), "max_passage_words": 0}
         other = {name: value for name, value in asdict(self).items() if value is not None and value != usual[name]}
         return ", ".join(f"{name}={value!r}" for name, value in other.items())
 
 
-RECIPE = EpisodeChoice.of_limits(EpisodeLimits()).completed_by(EpisodeChoice(format="hermes"))
+RECIPE_EPISODES = EpisodeChoice.of_limits(EpisodeLimits()).completed_by(EpisodeChoice(format="hermes"))
 """The recipe's defaults."""
 
 
@@ -132,7 +95,7 @@ class TrainedPlay:
         given = {"max_seconds", "thinking", *known, *(name for name in _PASSAGES if name in search)}
         thinking = settings.get("thinking", AS_TEMPLATE)  # older runs always followed the chat template
         return cls(
-            EpisodeChoice(**known, thinking=thinking).completed_by(_passages(search)).completed_by(RECIPE),
+            EpisodeChoice(**known, thinking=thinking).completed_by(_passages(search)).completed_by(RECIPE_EPISODES),
             settings.get("search"),
             f"{search['source']}, {search['embedder']}" if search else None,
             tuple(each.name for each in fields(EpisodeChoice) if each.name not in given),
@@ -312,13 +275,6 @@ def as_search(name: str, value: Any) -> Search:
 
 
 GivenSearch = Annotated[Search, as_search]
-
-
-def as_weights(name: str, value: Any) -> str | Path:
-    """A ``tinker://`` path unchanged, a run as its folder, a folder as an absolute path."""
-    if isinstance(value, str) and value.startswith(TINKER_PATH):
-        return value
-    return absolute_path(getattr(value, "out_dir", value), name)
 
 
 GivenWeights = Annotated[str | Path, as_weights]

@@ -23,7 +23,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from searchr1_async.config import LearningSettings, PipelineSettings
+from searchr1_async.config import PipelineSettings, RunLearning
 from searchr1_async.episodes.table import GroupOutcome
 from searchr1_async.episodes.types import Group, Question
 from searchr1_async.errors import QuestionsError
@@ -75,7 +75,7 @@ class Admission:
     def __init__(
         self,
         pipeline: PipelineSettings,
-        learning: LearningSettings,
+        learning: RunLearning,
         questions: int,
         *,
         next_place: int = 0,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from searchr1_async.config import AdvantageName, LearningSettings, NormalizationName, PipelineSettings
+from searchr1_async.config import AdvantageName, LearningSettings, NormalizationName, PipelineSettings, RunLearning
 from searchr1_async.episodes.types import Group
 
 _MINIMUM = 0.25
@@ -78,7 +78,7 @@ class MinibatchGatherer:
         self._all_tokens = 0
 
     @classmethod
-    def of(cls, learning: LearningSettings, pipeline: PipelineSettings, mean_tokens: float | None) -> MinibatchGatherer:
+    def of(cls, learning: RunLearning, pipeline: PipelineSettings, mean_tokens: float | None) -> MinibatchGatherer:
         """The gatherer of a run's next batch."""
         return cls(
             learning.groups_per_batch,

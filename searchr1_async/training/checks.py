@@ -8,13 +8,14 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import anyio
 import polars as pl
 
 from searchr1_async.boundary.settings import settings_of
-from searchr1_async.config import EpisodeLimits, LearningSettings, LocalOptions, PipelineSettings, SamplingSettings
+from searchr1_async.config import TrainConfig, chosen_sizes
 from searchr1_async.data.questions import checked_questions, optional_questions
 from searchr1_async.data.suites import find_overlap
 from searchr1_async.episodes.rendering import check_thinking
@@ -23,7 +24,6 @@ from searchr1_async.episodes.types import Question
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.events import Emit, Notice
 from searchr1_async.runs.checkpoints import ResumePoint
-from searchr1_async.runs.estimate import chosen_sizes
 from searchr1_async.runs.folder import find_point
 from searchr1_async.runs.rollouts import check_format
 from searchr1_async.runs.spending import check_max_cost
@@ -83,51 +83,39 @@ def _shown(text: str) -> str:
 
 
 def training_job(given: Mapping[str, Any]) -> TrainingJob:
-    """The job of a run, from the arguments of :func:`searchr1_async.train`, each already validated on its own.
+    """The job of a run, from the arguments of :func:`searchr1_async.train`, each already checked on its own.
 
     Reads the questions and small files of the given folders. Refuses contradictory arguments, and folders, runs or questions
     that cannot be used.
     """
+    config: TrainConfig = given["config"] or TrainConfig()
     service, out_dir = given["service"], given["out_dir"]
     point = ResumePoint.load(out_dir) if given["resume"] else None
     questions = checked_questions(given["questions"])
     is_local = is_embedded(service)
     sizes = chosen_sizes(
-        given, questions=len(questions), is_embedded=is_local, begun=None if point is None else point.settings
+        config.flat(), questions=len(questions), is_embedded=is_local, begun=None if point is None else point.settings
     )
     notes: tuple[str, ...] = ()
-    if point is None and is_local and given["groups_per_batch"] is None:
+    if point is None and is_local and config.batch.groups_per_batch is None:
         notes = (f"the embedded service runs on this machine: sizes you do not set are a laptop's ({sizes})",)
-    given = {**given, **asdict(sizes)}
-    _check_relations(given)
-    check_format(given["format"])
-    model = model_name(given["model"], service)
-    check_thinking(model, given["renderer"], given["thinking"])
+    config = config.replace(**asdict(sizes), format=config.episode.format_name)
+    _ = config.episode.limits  # checks them together
+    check_format(config.episode.format_name)
+    model = model_name(config.model.name, service)
+    check_thinking(model, config.episode.renderer, config.episode.thinking)
     held_out = optional_questions(given["held_out"])
-    if given["evaluate_every"] is not None and not held_out:
+    if config.evaluation.evaluate_every is not None and not held_out:
         raise ConfigurationError("evaluate_every needs held_out questions to evaluate on")
-    start = _start_of(given, point)
+    start = _find_start(config.learning.start_from, given, point)
     model = chosen_model(model, start)
-    check_max_cost(given["max_cost"], billing_on(service, model, given["price"]))
+    check_max_cost(config.cost.max_cost, billing_on(service, model, config.cost.price))
     job = settings_of(
         TrainingJob,
         given,
+        config=config.replace(model=model, lora_rank=chosen_rank(config.learning.lora_rank, start)),
         questions=questions,
-        out_dir=out_dir,
-        learning=settings_of(
-            LearningSettings,
-            given,
-            lora_rank=chosen_rank(given["lora_rank"], start),
-            loss_config=given["loss_config"] or {},
-        ),
-        pipeline=settings_of(PipelineSettings, given),
-        limits=settings_of(EpisodeLimits, given, max_seconds=given["episode_time_limit"]),
-        sampling=settings_of(SamplingSettings, given, deadline=given["sampling_deadline"]),
-        reward=given["reward"] or settings_of(RecipeReward, given),
-        model=model,
-        local=given["local"] or LocalOptions(),
-        format_name=given["format"],
-        renderer_name=given["renderer"],
+        reward=given["reward"] or settings_of(RecipeReward, config.flat()),
         held_out=held_out,
         start=start,
         notes=notes,
@@ -137,20 +125,9 @@ def training_job(given: Mapping[str, Any]) -> TrainingJob:
     return job
 
 
-def _check_relations(given: Mapping[str, Any]) -> None:
-    min_members, group_size = given["min_members"], given["group_size"]
-    if min_members > group_size >= 2:
-        raise ConfigurationError(
-            f"min_members ({min_members}) is above group_size ({group_size}): no group would be trained on"
-        )
-    if given["refill_groups"] and not given["drop_constant_groups"]:
-        raise ConfigurationError("refill_groups replaces dropped groups: it needs drop_constant_groups=True")
-    if given["keep_best"] and given["evaluate_every"] is None:
-        raise ConfigurationError("keep_best needs evaluate_every: it selects among the evaluated steps")
-
-
-def _start_of(given: Mapping[str, Any], point: ResumePoint | None) -> Start | None:
-    start_from, out_dir = given["start_from"], given["out_dir"]
+def _find_start(start_from: str | Path | None, given: Mapping[str, Any], point: ResumePoint | None) -> Start | None:
     if start_from is None:
         return None
-    return find_start(start_from, given["service"], out_dir) if point is None else resumed_start(start_from, point)
+    if point is not None:
+        return resumed_start(start_from, point)
+    return find_start(start_from, given["service"], given["out_dir"])

@@ -12,26 +12,28 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 from searchr1_async.config import (
-    MAX_SERVICE_OUTAGE,
     EpisodeLimits,
-    LearningSettings,
     LocalOptions,
     PipelineSettings,
+    RunLearning,
     SamplingSettings,
+    TrainConfig,
     WarmUp,
 )
+from searchr1_async.episodes.rendering import AS_TEMPLATE
 from searchr1_async.episodes.reward import RecipeReward, RewardFunction
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import RunFolderError
 from searchr1_async.models import Price, Thinking
 from searchr1_async.runs.checkpoints import ResumePoint
-from searchr1_async.runs.estimate import RunShape, mean_letters
+from searchr1_async.runs.estimate import RunShape
 from searchr1_async.search.search import Search
 from searchr1_async.service.connection import ServiceName
 from searchr1_async.training.admission import QuestionOrder
@@ -202,60 +204,124 @@ def _is_plain(value: object) -> bool:
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """All validated settings of a run."""
+    """A run's settings, complete and checked, and the objects that it was given."""
 
+    config: TrainConfig
+    """With model, rank and all sizes chosen."""
     questions: tuple[Question, ...]
     search: Search
     out_dir: Path
-    learning: LearningSettings
-    pipeline: PipelineSettings
-    limits: EpisodeLimits
-    sampling: SamplingSettings
     reward: RewardFunction
-    model: str | None = None
     service: ServiceName = None
-    local: LocalOptions = field(default_factory=LocalOptions)
-    tokenizer: str | None = None
-    format_name: str = "hermes"
-    renderer_name: str | None = None
-    thinking: Thinking = None
-    instructions: str | None = None
-    warm_up: WarmUp | None = None
-    demonstrations: tuple[Demonstration, ...] = ()
     held_out: tuple[Question, ...] = ()
-    held_out_samples: int = 1
-    evaluate_every: int | None = None
-    keep_best: bool = False
+    demonstrations: tuple[Demonstration, ...] = ()
     resume: bool = False
-    time_limit: float | None = None
-    max_cost: float | None = None
-    price: Price | None = None
     start: Start | None = None
-    max_service_outage: float = MAX_SERVICE_OUTAGE
     notes: tuple[str, ...] = ()
     """Notices about the settings, emitted at the start."""
 
     def identity(self) -> dict[str, Any]:
         """The settings a resume must not change, as plain JSON values: not the run's length or reporting intervals."""
-        learning = asdict(self.learning)
-        for name in ("steps", "epochs", "checkpoint_every", "max_failed_fraction", "training_deadline"):
-            del learning[name]
+        config = self.config
+        learning = asdict(config.learning) | asdict(config.batch) | {"seed": config.seed}
+        del learning["start_from"], learning["training_deadline"]
         return {
             **({"start_from": self.start.name} if self.start is not None else {}),
-            "model": self.model,
-            "format": self.format_name,
-            "renderer": self.renderer_name,
-            "thinking": self.thinking,
-            "instructions": self.instructions,
-            "temperature": self.sampling.temperature,
+            "model": config.model.name,
+            **{name: getattr(config.episode, name) for name in ("format", "renderer", "thinking", "instructions")},
+            "temperature": config.sampling.temperature,
             "search": self.search.fingerprint,
             "limits": asdict(self.limits),
-            "learning": {**learning, "loss_config": dict(self.learning.loss_config)},
-            "pipeline": asdict(self.pipeline),
-            "warm_up": asdict(self.warm_up) if self.warm_up else None,
-            # Compared separately: see :mod:`searchr1_async.training.job`.
+            "learning": learning,
+            "pipeline": asdict(config.pipeline),
+            "warm_up": asdict(config.warm_up) if config.warm_up else None,
+            # Compared separately: see :func:`changed_inputs`.
             "inputs": inputs_of(self.reward, self.questions, self.held_out),
         }
+
+    def resumed(self, point: ResumePoint | None) -> TrainingJob:
+        """The job with the resumed run's model and thinking, even if they were defaults then."""
+        if point is None:
+            return self
+        thinking = self.thinking if "thinking" in point.settings else AS_TEMPLATE
+        return replace(self, config=self.config.replace(model=self.model or point.base_model, thinking=thinking))
+
+    @cached_property
+    def learning(self) -> RunLearning:
+        flat = self.config.flat()
+        return RunLearning(**{each.name: flat[each.name] for each in fields(RunLearning)})
+
+    @property
+    def limits(self) -> EpisodeLimits:
+        return self.config.episode.limits
+
+    @property
+    def sampling(self) -> SamplingSettings:
+        return self.config.sampling
+
+    @property
+    def pipeline(self) -> PipelineSettings:
+        return self.config.pipeline
+
+    @property
+    def warm_up(self) -> WarmUp | None:
+        return self.config.warm_up
+
+    @property
+    def model(self) -> str | None:
+        return self.config.model.name
+
+    @property
+    def tokenizer(self) -> str | None:
+        return self.config.model.tokenizer
+
+    @property
+    def local(self) -> LocalOptions:
+        return self.config.local
+
+    @property
+    def format_name(self) -> str:
+        return self.config.episode.format_name
+
+    @property
+    def renderer_name(self) -> str | None:
+        return self.config.episode.renderer
+
+    @property
+    def thinking(self) -> Thinking:
+        return self.config.episode.thinking
+
+    @property
+    def instructions(self) -> str | None:
+        return self.config.episode.instructions
+
+    @property
+    def held_out_samples(self) -> int:
+        return self.config.evaluation.held_out_samples
+
+    @property
+    def evaluate_every(self) -> int | None:
+        return self.config.evaluation.evaluate_every
+
+    @property
+    def keep_best(self) -> bool:
+        return self.config.checkpoints.keep_best
+
+    @property
+    def time_limit(self) -> float | None:
+        return self.config.length.time_limit
+
+    @property
+    def max_cost(self) -> float | None:
+        return self.config.cost.max_cost
+
+    @property
+    def price(self) -> Price | None:
+        return self.config.cost.price
+
+    @property
+    def max_service_outage(self) -> float:
+        return self.config.faults.max_service_outage
 
     def total_steps(self, order: QuestionOrder) -> int:
         """Optimiser steps in total; for whole epochs an upper bound, since dropped groups may be replaced."""
@@ -267,22 +333,11 @@ class TrainingJob:
     @property
     def shape(self) -> RunShape:
         """How much the run rolls out and trains."""
-        learning = self.learning
-        return RunShape(
-            questions=len(self.questions),
-            question_letters=mean_letters(self.questions),
-            group_size=learning.group_size,
-            groups_per_batch=learning.groups_per_batch,
-            steps=learning.steps,
-            epochs=learning.epochs,
-            limits=self.limits,
-            format_name=self.format_name,
+        return RunShape.of(
+            self.config,
+            questions=self.questions,
+            held_out=self.held_out,
             search_results=self.search.n_results,
-            held_out=len(self.held_out),
-            held_out_samples=self.held_out_samples,
-            evaluate_every=self.evaluate_every,
-            warm_up=self.warm_up,
-            has_penalty=learning.kl_coefficient > 0,
         )
 
     def is_over(self, point: ResumePoint, order: QuestionOrder) -> bool:

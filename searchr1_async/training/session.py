@@ -18,7 +18,6 @@ import tinker
 from searchr1_async.billing import TokenUsage
 from searchr1_async.boundary.signals import is_interrupt
 from searchr1_async.config import LossName, WarmUp
-from searchr1_async.episodes.rendering import AS_TEMPLATE
 from searchr1_async.episodes.types import Episode
 from searchr1_async.errors import RunFolderError, SearchR1Error, ungrouped
 from searchr1_async.events import CheckpointSaved, Emit, Notice, RunEnded, RunStarted
@@ -39,6 +38,7 @@ from searchr1_async.runs.folder import (
     claimed,
     evaluation_steps,
     find_point,
+    keep_config,
     keep_questions,
     keep_search,
     keep_tokenizer,
@@ -119,7 +119,7 @@ async def _run(
         emit(Notice(f"nothing left to do: {point.step} steps are done"))
         return result
     # A resumed run keeps what it started with, even values that were defaults then.
-    job = _with_started_model(job, point)
+    job = job.resumed(point)
     await _check_service(job, control, emit)
     if control.stop_requested:
         return await anyio.to_thread.run_sync(result_of, job.out_dir, point, "stopped")
@@ -129,7 +129,7 @@ async def _run(
         emit.subscribe(tracker)
     # Again, now that no other process can write it.
     point = _load_point(job, identity, order)
-    job = _with_started_model(job, point)
+    job = job.resumed(point)
     if point is not None:
         if changed := changed_inputs(point.inputs, identity["inputs"]):
             text = f"this session continues with different input than the previous one: {'; '.join(changed)}"
@@ -187,14 +187,6 @@ async def _check_service(job: TrainingJob, control: RunControl, emit: Emit) -> N
         )
 
 
-def _with_started_model(job: TrainingJob, point: ResumePoint | None) -> TrainingJob:
-    """The job with the resumed run's model and thinking."""
-    if point is None:
-        return job
-    thinking = job.thinking if "thinking" in point.settings else AS_TEMPLATE
-    return replace(job, model=job.model or point.base_model, thinking=thinking)
-
-
 @asynccontextmanager
 async def _opened(
     job: TrainingJob,
@@ -230,6 +222,7 @@ async def _opened(
             await keep_tokenizer(service.tokenizer, job.out_dir, anew=is_new)
             await anyio.to_thread.run_sync(partial(keep_questions, job.questions, job.out_dir, anew=is_new))
             await anyio.to_thread.run_sync(keep_search, job.search, job.out_dir)
+            await anyio.to_thread.run_sync(keep_config, job.config, job.out_dir)
             async with control.serving(service):
                 with control.holding(engine.pause), watch.holding(control.wait_for_service):
                     yield Session(job, order, service, engine, control, emit)

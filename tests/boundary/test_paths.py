@@ -195,8 +195,9 @@ async def main(url, tokenizer, folder, questions):
     search = tiny_world.make_search(folder)
     asked = [sr.Question(f"q{i}", f"Who wrote book {i}?", ("Austen",)) for i in range(int(questions))]
     groups = await sr.rollout(
-        asked, search, service=url, model="Qwen/Qwen3.5-4B", tokenizer=tokenizer, group_size=4, max_tokens=64,
-        progress=False, emit=told.append,
+        asked, search,
+        sr.RolloutConfig(model="Qwen/Qwen3.5-4B", tokenizer=tokenizer, group_size=4, max_tokens=64),
+        service=url, progress=False, on_event=told.append,
     )
     warnings = [event.text for event in told if isinstance(event, Notice) and event.is_warning]
     print(json.dumps([sum(len(group.episodes) for group in groups), sum(len(group.failed) for group in groups), warnings]))

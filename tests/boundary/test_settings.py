@@ -29,7 +29,14 @@ from searchr1_async.boundary.settings import (
     plain,
     settings_of,
 )
-from searchr1_async.config import PipelineSettings
+from searchr1_async.config import (
+    BatchSettings,
+    EpisodeSettings,
+    FaultSettings,
+    LengthSettings,
+    PipelineSettings,
+    ScoringSettings,
+)
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.systems import System
 
@@ -125,6 +132,7 @@ def test_settings_are_made_of_arguments_with_their_names() -> None:
             sr.config.LearningSettings,
             sr.config.LocalOptions,
         ),
+        *(EpisodeSettings, BatchSettings, LengthSettings, FaultSettings, ScoringSettings),
         *(sr.Judge, sr.search.PacingSettings, sr.search.CompactSettings, System, sr.rewards.RecipeReward),
     ],
 )

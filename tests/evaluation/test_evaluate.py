@@ -45,10 +45,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             tiny_world.make_questions()[0],
             tiny_world.make_search(folder / "index"),
             out_dir=folder / "run",
-            steps=2,
-            checkpoint_every=1,
-            warm_up=tiny_world.WARM_UP,
-            **tiny_world.served_settings(),
+            **tiny_world.given(
+                sr.TrainConfig, tiny_world.served_settings(), steps=2, checkpoint_every=1, warm_up=tiny_world.WARM_UP
+            ),
         )
 
     with pytest.MonkeyPatch.context() as patch:
@@ -91,9 +90,8 @@ async def test_systems_over_suites_in_one_folder(run: Path, search: sr.Search, t
         suites(),
         search,
         systems=systems(run),
-        baselines=["direct"],
         out_dir=tmp_path / "e",
-        **playing(max_trajectory_tokens=250),
+        **tiny_world.given(sr.EvalConfig, playing(max_trajectory_tokens=250), baselines=["direct"]),
     )
     assert list(report) == ["first", "last", "rag", "direct"]
     assert report.suites == ("seen", "new")
@@ -131,7 +129,7 @@ async def stop_after(advances: int, *arguments: Any, **options: Any) -> None:
                 if seen > advances:
                     scope.cancel()
 
-        await evaluate(*arguments, emit=emit, **options)
+        await evaluate(*arguments, on_event=emit, **tiny_world.given(sr.EvalConfig, options))
     assert scope.cancelled_caught
 
 
@@ -147,7 +145,7 @@ async def test_a_resume_keeps_what_was_played_and_comes_to_the_same(
     run: Path, search: sr.Search, tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {"systems": systems(run), **playing(samples=1, max_episodes_in_flight=4)}
-    whole = await evaluate(suites(), search, out_dir=tmp_path / "whole", **options)
+    whole = await evaluate(suites(), search, out_dir=tmp_path / "whole", **tiny_world.given(sr.EvalConfig, options))
     kept: dict[tuple[Any, ...], Any] = {}
     for advances in (3, 9):
         await stop_after(advances, suites(), search, out_dir=tmp_path / "e", resume=bool(kept), **options)
@@ -156,7 +154,9 @@ async def test_a_resume_keeps_what_was_played_and_comes_to_the_same(
         assert kept.items() <= now.items()
         kept = now
     assert len(kept) < 30
-    report = await evaluate(suites(), search, out_dir=tmp_path / "e", resume=True, **options)
+    report = await evaluate(
+        suites(), search, out_dir=tmp_path / "e", resume=True, **tiny_world.given(sr.EvalConfig, options)
+    )
     last = on_disk(tmp_path / "e")
     assert len(last) == 30
     assert kept.items() <= last.items()
@@ -171,7 +171,7 @@ async def test_nothing_is_opened_where_nothing_is_left_and_changes_are_refused_b
         "out_dir": tmp_path / "e",
         **playing(judge=Judge(instructions="river")),
     }
-    report = await evaluate(suites(), search, **options)
+    report = await evaluate(suites(), search, **tiny_world.given(sr.EvalConfig, options))
     judged = on_file(tmp_path / "e" / "judgements.parquet")
 
     def refuse(*arguments: Any, **named: Any) -> Any:
@@ -179,11 +179,11 @@ async def test_nothing_is_opened_where_nothing_is_left_and_changes_are_refused_b
 
     for name in ("opened_service", "judge_samples", "open_stages", "open_search"):
         monkeypatch.setattr(running, name, refuse)
-    again = await evaluate(suites(), search, resume=True, **options)
+    again = await evaluate(suites(), search, resume=True, **tiny_world.given(sr.EvalConfig, options))
     assert again.figures() == report.figures()
     assert on_file(tmp_path / "e" / "judgements.parquet") == judged
     with pytest.raises(RunFolderError, match="pass resume=True"):
-        await evaluate(suites(), search, **options)
+        await evaluate(suites(), search, **tiny_world.given(sr.EvalConfig, options))
     fewer = {name: questions[:2] for name, questions in suites().items()}
     others: list[tuple[str, Any, dict[str, Any]]] = [
         ("settings", suites(), {"samples": 3}),
@@ -194,10 +194,10 @@ async def test_nothing_is_opened_where_nothing_is_left_and_changes_are_refused_b
     ]
     for named, asked, changes in others:
         with pytest.raises(RunFolderError, match=rf"a different evaluation \({named} differ\)"):
-            await evaluate(asked, search, resume=True, **(options | changes))
+            await evaluate(asked, search, resume=True, **tiny_world.given(sr.EvalConfig, options | changes))
     other = tiny_world.make_search(run.parent / "index", n_results=2)
     with pytest.raises(RunFolderError, match=r"\(search differ\)"):
-        await evaluate(suites(), other, resume=True, **options)
+        await evaluate(suites(), other, resume=True, **tiny_world.given(sr.EvalConfig, options))
 
 
 def on_file(path: Path) -> bytes:
@@ -212,31 +212,39 @@ async def test_an_evaluation_is_repeated_from_all_that_tells_of_it(
         rows = [{"id": q.id, "question": q.question, "golden_answers": list(q.golden_answers)} for q in questions]
         files.append(tmp_path / f"{name}.parquet")
         pl.DataFrame(rows).write_parquet(files[-1])
-    report = await evaluate(files, search, systems={"last": run}, out_dir=tmp_path / "e", **playing(limit=3))
+    report = await evaluate(
+        files,
+        search,
+        systems={"last": run},
+        out_dir=tmp_path / "e",
+        **tiny_world.given(sr.EvalConfig, playing(limit=3)),
+    )
     where: dict[str, Any] = {name: value for name, value in tiny_world.served().items() if name != "model"} | {
         "progress": False
     }
     manifest = Manifest.load(tmp_path / "e")
     assert manifest is not None
     for source in (tmp_path / "e", str(tmp_path / "e" / "manifest.json"), report, manifest):
-        again = await evaluate(source, search, **where)
+        again = await evaluate(source, search, **tiny_world.given(sr.EvalConfig, where))
         assert again.figures() == report.figures()
-    finished = await evaluate(tmp_path / "e", search, out_dir=tmp_path / "e", resume=True, **where)
+    finished = await evaluate(
+        tmp_path / "e", search, out_dir=tmp_path / "e", resume=True, **tiny_world.given(sr.EvalConfig, where)
+    )
     assert finished.figures() == report.figures(), "its folder alone is enough to go on with it"
     other = tiny_world.make_search(run.parent / "index", n_results=2)
     with pytest.raises(ConfigurationError, match="the search gives other answers"):
-        await evaluate(tmp_path / "e", other, **where)
+        await evaluate(tmp_path / "e", other, **tiny_world.given(sr.EvalConfig, where))
     with pytest.raises(ConfigurationError, match="cannot describe its search"):
-        await evaluate(tmp_path / "e", **where)
+        await evaluate(tmp_path / "e", **tiny_world.given(sr.EvalConfig, where))
     with pytest.raises(ConfigurationError, match="repeated with its original settings"):
-        await evaluate(tmp_path / "e", search, systems={"last": run}, **where)
+        await evaluate(tmp_path / "e", search, systems={"last": run}, **tiny_world.given(sr.EvalConfig, where))
     pl.read_parquet(files[0]).with_columns(question=pl.lit("another?")).write_parquet(files[0])
     with pytest.raises(QuestionsError):
-        await evaluate(manifest, search, **where)
+        await evaluate(manifest, search, **tiny_world.given(sr.EvalConfig, where))
     questions = pl.read_parquet(tmp_path / "e" / "questions.parquet")
     questions.with_columns(question=pl.lit("another?")).write_parquet(tmp_path / "e" / "questions.parquet")
     with pytest.raises(RunFolderError, match="beside the manifest do not match it"):
-        await evaluate(tmp_path / "e", search, **where)
+        await evaluate(tmp_path / "e", search, **tiny_world.given(sr.EvalConfig, where))
 
 
 class FlakySearch(sr.Search):
@@ -256,25 +264,32 @@ async def test_what_a_service_failed_is_played_again(run: Path, tmp_path: Path) 
     unlucky = asked["new"][1].question
     options: dict[str, Any] = {"systems": {"rag": used(run, "rag")}, **playing()}
     search.down = lambda query: query == unlucky
-    report = await evaluate(asked, search, out_dir=tmp_path / "e", **options)
+    report = await evaluate(asked, search, out_dir=tmp_path / "e", **tiny_world.given(sr.EvalConfig, options))
     assert report.only.scores.filter("failed").select("suite", "question_id").unique().rows() == [("new", "1")]
     before = on_disk(tmp_path / "e")
     search.down = lambda query: False
-    report = await evaluate(asked, search, out_dir=tmp_path / "e", resume=True, **options)
+    report = await evaluate(
+        asked, search, out_dir=tmp_path / "e", resume=True, **tiny_world.given(sr.EvalConfig, options)
+    )
     assert report.only.failed == 0
     after = on_disk(tmp_path / "e")
     assert {key for key in before if before[key] != after[key]} == {("rag", 7, 0), ("rag", 7, 1)}
-    whole = await evaluate(asked, search, out_dir=tmp_path / "whole", **options)
+    whole = await evaluate(asked, search, out_dir=tmp_path / "whole", **tiny_world.given(sr.EvalConfig, options))
     assert report.figures() == whole.figures()
 
 
 async def test_a_search_is_only_needed_by_those_that_search(run: Path, tmp_path: Path) -> None:
     direct = {"direct": used(run, "direct")}
-    report = await evaluate(suites(), systems=direct, **playing())
+    report = await evaluate(suites(), systems=direct, **tiny_world.given(sr.EvalConfig, playing()))
     assert isinstance(report, Report)
     assert report.only.scores["searches"].sum() == 0
     with pytest.raises(ConfigurationError, match="'last' needs a search: pass search to evaluate"):
-        await evaluate(suites(), systems=direct | {"last": run}, out_dir=tmp_path / "e", **playing())
+        await evaluate(
+            suites(),
+            systems=direct | {"last": run},
+            out_dir=tmp_path / "e",
+            **tiny_world.given(sr.EvalConfig, playing()),
+        )
     assert not (tmp_path / "e").exists()
 
 
@@ -286,7 +301,7 @@ async def test_what_cannot_be_is_refused_before_any_folder_is_made(
         ("step 9", {"systems": {"x": System(run, step=9)}}),
         ("best", {"systems": {"x": System(run, step="best")}}),
         ("holds no run", {"systems": {"x": tmp_path / "nothing"}}),
-        ("not both", {"systems": {"x": run}, "checkpoint": run}),
+        ("checkpoint: pass systems instead", {"systems": {"x": run}, "checkpoint": run}),
         ("both called 'direct'", {"systems": {"direct": run}, "baselines": ["direct"]}),
         ("at least 1", {"samples": 0}),
         ("max_failed_fraction", {"max_failed_fraction": 2.0}),
@@ -295,9 +310,11 @@ async def test_what_cannot_be_is_refused_before_any_folder_is_made(
     bad[0] = ("a system's label", {"systems": {"": run}})
     for named, changes in bad:
         with pytest.raises(ConfigurationError, match=named):
-            await evaluate(suites(), search, out_dir=tmp_path / "e", **(playing() | changes))
+            await evaluate(
+                suites(), search, out_dir=tmp_path / "e", **tiny_world.given(sr.EvalConfig, playing() | changes)
+            )
     with pytest.raises(ConfigurationError, match="resume=True"):
-        await evaluate(suites(), search, resume=True, **playing())
+        await evaluate(suites(), search, resume=True, **tiny_world.given(sr.EvalConfig, playing()))
     assert not (tmp_path / "e").exists()
 
 
@@ -310,7 +327,7 @@ async def test_the_folder_of_a_training_run_is_refused_and_stays_as_it_was(tmp_p
             tiny_world.make_questions()[1],
             search,
             out_dir=tmp_path,
-            **{**tiny_world.PLAYING, "model": str(tiny_world.model_folder())},
+            **tiny_world.given(sr.EvalConfig, {**tiny_world.PLAYING, "model": str(tiny_world.model_folder())}),
         )
     assert (tmp_path / "questions.parquet").read_bytes() == b"of the run"
     assert not (tmp_path / "manifest.json").exists()
@@ -323,7 +340,7 @@ async def test_what_the_service_does_not_have_is_refused_before_any_folder_is_ma
     bad: list[tuple[type[Exception], str, dict[str, Any]]] = [
         (sr.SearchR1Error, "does not offer 'no/model'", {"systems": {"x": System(model="no/model")}}),
         (sr.SearchR1Error, "does not offer 'no/model'", {"model": "no/model"}),
-        (sr.SearchR1Error, "opening tinker://", {"checkpoint": "tinker://gone/sampler_weights/1"}),
+        (sr.SearchR1Error, "opening tinker://", {"systems": "tinker://gone/sampler_weights/1"}),
         (ConfigurationError, "renderer 'none'", {"renderer": "none"}),
         (ConfigurationError, "renderer 'none'", {"judge": Judge(renderer="none")}),
         (ConfigurationError, "does not offer", {"judge": Judge(model=str(tmp_path / "no-model"))}),
@@ -333,9 +350,9 @@ async def test_what_the_service_does_not_have_is_refused_before_any_folder_is_ma
     ]
     for kind, named, changes in bad:
         with pytest.raises(kind, match=named):
-            await evaluate(suites(), search, out_dir=out, **(playing() | changes))
+            await evaluate(suites(), search, out_dir=out, **tiny_world.given(sr.EvalConfig, playing() | changes))
         assert not out.exists(), named
-    await evaluate(suites(), search, out_dir=out, **playing(samples=1))
+    await evaluate(suites(), search, out_dir=out, **tiny_world.given(sr.EvalConfig, playing(samples=1)))
 
 
 async def test_an_error_before_the_first_episode_leaves_nothing_that_refuses_the_corrected_call(
@@ -348,9 +365,9 @@ async def test_an_error_before_the_first_episode_leaves_nothing_that_refuses_the
     with monkeypatch.context() as patch:
         patch.setattr(running, "policy_of", fail)
         with pytest.raises(sr.errors.ServiceError, match="has just gone"):
-            await evaluate(suites(), search, out_dir=out, **playing(samples=3))
+            await evaluate(suites(), search, out_dir=out, **tiny_world.given(sr.EvalConfig, playing(samples=3)))
     assert not {"manifest.json", "questions.parquet"} & {path.name for path in out.iterdir()}
-    report = await evaluate(suites(), search, out_dir=out, **playing(samples=1))
+    report = await evaluate(suites(), search, out_dir=out, **tiny_world.given(sr.EvalConfig, playing(samples=1)))
     assert report.only.scores.height == 10
 
 
@@ -359,16 +376,22 @@ async def test_a_resume_may_have_another_judge_and_plays_nothing_again(
 ) -> None:
     options: dict[str, Any] = {"systems": {"last": run}, "out_dir": tmp_path / "e", **playing(samples=1)}
     verdicts = tmp_path / "e" / "judgements.parquet"
-    first = await evaluate(suites(), search, judge=Judge(instructions="river"), **options)
+    first = await evaluate(
+        suites(), search, judge=Judge(instructions="river"), **tiny_world.given(sr.EvalConfig, options)
+    )
     played, judged = on_disk(tmp_path / "e"), verdicts.read_bytes()
     assert first.manifest is not None
     assert (first.manifest.judge or {})["model"] == playing()["model"], "it is named, though nobody named it"
-    none = await evaluate(suites(), search, resume=True, **options)
+    none = await evaluate(suites(), search, resume=True, **tiny_world.given(sr.EvalConfig, options))
     assert none.manifest is not None
     assert (none.manifest.judge, verdicts.exists()) == (None, False)
-    await evaluate(suites(), search, resume=True, judge=Judge(instructions="capital"), **options)
+    await evaluate(
+        suites(), search, resume=True, judge=Judge(instructions="capital"), **tiny_world.given(sr.EvalConfig, options)
+    )
     assert pl.read_parquet(verdicts).height == 10
-    again = await evaluate(suites(), search, resume=True, judge=Judge(instructions="river"), **options)
+    again = await evaluate(
+        suites(), search, resume=True, judge=Judge(instructions="river"), **tiny_world.given(sr.EvalConfig, options)
+    )
     assert verdicts.read_bytes() == judged
     assert again.figures() == first.figures()
     assert on_disk(tmp_path / "e") == played
@@ -377,24 +400,30 @@ async def test_a_resume_may_have_another_judge_and_plays_nothing_again(
 
 async def test_numbers_of_numpy_are_numbers_and_texts_are_none(run: Path, search: sr.Search, tmp_path: Path) -> None:
     given = {"samples": np.int64(2), "limit": np.int64(2), "temperature": np.float32(0.5), "seed": np.int32(3)}
-    report = await evaluate(suites(), search, out_dir=tmp_path / "e", **playing(**given))
+    report = await evaluate(
+        suites(), search, out_dir=tmp_path / "e", **tiny_world.given(sr.EvalConfig, playing(**given))
+    )
     assert report.only.scores.height == 8
     manifest = Manifest.load(tmp_path / "e")
     assert manifest is not None
     assert (manifest.settings["temperature"], manifest.settings["samples"], manifest.settings["seed"]) == (0.5, 2, 3)
     for name, value in (("samples", "2"), ("limit", 2.5), ("temperature", "0.5"), ("max_turns", "3"), ("seed", 1.5)):
         with pytest.raises(ConfigurationError, match=name):
-            await evaluate(suites(), search, out_dir=tmp_path / "f", **playing(**{name: value}))
+            await evaluate(
+                suites(), search, out_dir=tmp_path / "f", **tiny_world.given(sr.EvalConfig, playing(**{name: value}))
+            )
     assert not (tmp_path / "f").exists()
 
 
 async def test_a_search_that_nobody_uses_is_not_asked_for_again(run: Path, search: sr.Search, tmp_path: Path) -> None:
     direct = {"direct": used(run, "direct")}
-    report = await evaluate(suites(), search, systems=direct, out_dir=tmp_path / "e", **playing(samples=1))
+    report = await evaluate(
+        suites(), search, systems=direct, out_dir=tmp_path / "e", **tiny_world.given(sr.EvalConfig, playing(samples=1))
+    )
     assert report.manifest is not None
     assert report.manifest.search is None
     where: dict[str, Any] = {key: value for key, value in tiny_world.served().items() if key != "model"}
-    again = await evaluate(tmp_path / "e", progress=False, **where)
+    again = await evaluate(tmp_path / "e", progress=False, **tiny_world.given(sr.EvalConfig, where))
     assert again.figures() == report.figures()
 
 
@@ -403,9 +432,9 @@ async def test_a_prompt_that_has_changed_is_another_evaluation(
 ) -> None:
     direct = {"direct": used(run, "direct")}
     options: dict[str, Any] = {"systems": direct, "out_dir": tmp_path / "e", **playing(samples=1)}
-    report = await evaluate(suites(), search, **options)
+    report = await evaluate(suites(), search, **tiny_world.given(sr.EvalConfig, options))
     assert report.manifest is not None
     assert report.manifest.systems[0].prompt == tiny_world.INSTRUCTIONS
     monkeypatch.setattr(describing, "EXAMPLES", ())
     with pytest.raises(RunFolderError, match=r"\(systems differ\)"):
-        await evaluate(suites(), search, resume=True, **options)
+        await evaluate(suites(), search, resume=True, **tiny_world.given(sr.EvalConfig, options))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import searchr1_async as sr
-from searchr1_async.config import EpisodeLimits, SamplingSettings
+from searchr1_async.config import SamplingSettings
 from searchr1_async.data.suites import Suite
 from searchr1_async.episodes.reward import RecipeReward
 from searchr1_async.errors import ConfigurationError
@@ -38,7 +38,7 @@ def base(label: str, **system: Any) -> MeasuredSystem:
 
 
 def job(*systems: MeasuredSystem, judge: Judge | None = None, **choice: Any) -> EvaluationJob:
-    play = PlaySettings(RecipeReward(), limits=EpisodeLimits(), sampling=SamplingSettings())
+    play = PlaySettings(RecipeReward(), SamplingSettings())
     return EvaluationJob((), systems, None, play, ServiceChoice(**choice), judge=judge)
 
 
@@ -83,7 +83,7 @@ def test_one_judge_judges_all_systems() -> None:
 
 
 def test_a_search_counts_where_one_searches() -> None:
-    play = PlaySettings(RecipeReward(), limits=EpisodeLimits(), sampling=SamplingSettings())
+    play = PlaySettings(RecipeReward(), SamplingSettings())
     search = sr.Search.local([sr.Passage("p", "", "text")], embedder=HashingEmbedder())
     searching = MeasuredSystem("s", System())
     suites: tuple[Suite, ...] = ()

@@ -38,7 +38,9 @@ async def measured(systems: dict[str, Any], suites: Any = None, **options: Any) 
     """Without a search, so only the model is needed."""
     settings = {**tiny_world.PLAYING, **tiny_world.served(), "max_trajectory_tokens": 250, **options}
     del settings["local"]
-    return await evaluate({"world": asked()} if suites is None else suites, systems=systems, **settings)
+    return await evaluate(
+        {"world": asked()} if suites is None else suites, systems=systems, **tiny_world.given(sr.EvalConfig, settings)
+    )
 
 
 def direct(checkpoint: Path | None = None, **options: Any) -> System:
@@ -48,16 +50,16 @@ def direct(checkpoint: Path | None = None, **options: Any) -> System:
 async def test_a_report_in_memory_is_repeated_and_saved_so_that_its_folder_is(tmp_path: Path) -> None:
     report = await measured({"direct": direct()}, samples=2)
     assert report.folder is None
-    assert (await evaluate(report, **where())).figures() == report.figures()
+    assert (await evaluate(report, **tiny_world.given(sr.EvalConfig, where()))).figures() == report.figures()
     page = report.save(tmp_path / "saved")
     assert report.save(tmp_path / "saved") == page, "its own files are in nobody's way"
     for name in ("report.md", "report.html"):
         assert "manifest.json" in (page.parent / name).read_text(encoding="utf-8")
-    again = await evaluate(page.parent, **where())
+    again = await evaluate(page.parent, **tiny_world.given(sr.EvalConfig, where()))
     assert again.figures() == report.figures()
     assert report.manifest is not None
     with pytest.raises(ConfigurationError, match=r"suite 'world' was given in memory.*repeat the report"):
-        await evaluate(report.manifest, **where())
+        await evaluate(report.manifest, **tiny_world.given(sr.EvalConfig, where()))
 
 
 async def test_the_folder_of_another_evaluation_is_not_written_over(tmp_path: Path) -> None:
@@ -91,7 +93,7 @@ async def test_the_folder_of_another_evaluation_is_not_written_over(tmp_path: Pa
 async def test_what_a_repetition_would_ignore_is_refused_by_name(given: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("of an evaluation")
     with pytest.raises(ConfigurationError, match=r"repeated with its original settings: omit (.*), or") as caught:
-        await evaluate(tmp_path, out_dir=tmp_path / "again", **given)
+        await evaluate(tmp_path, out_dir=tmp_path / "again", **tiny_world.given(sr.EvalConfig, given))
     named = str(caught.value).partition("omit ")[2].partition(", or")[0]
     assert set(named.split(", ")) == set(given)
     assert not (tmp_path / "again").exists()
@@ -101,7 +103,7 @@ async def test_what_is_at_its_default_is_not_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("of an evaluation")
     given: dict[str, Any] = {"temperature": 1, "samples": 1, "baselines": [], "training_questions": [], "seed": 0}
     with pytest.raises(RunFolderError, match="not an evaluation manifest"):
-        await evaluate(tmp_path, **given)
+        await evaluate(tmp_path, **tiny_world.given(sr.EvalConfig, given))
 
 
 async def varied(episode: sr.Episode) -> float:
@@ -115,15 +117,18 @@ async def test_the_best_weights_of_a_run_and_what_they_were_trained_on_are_repea
         train,
         tiny_world.make_search(tmp_path / "index"),
         out_dir=tmp_path / "run",
-        steps=3,
         held_out=held_out[:6],
-        held_out_samples=2,
-        evaluate_every=1,
-        keep_best=True,
-        checkpoint_every=10,
-        warm_up=tiny_world.WARM_UP,
         reward=varied,
-        **tiny_world.served_settings(),
+        **tiny_world.given(
+            sr.TrainConfig,
+            tiny_world.served_settings(),
+            steps=3,
+            held_out_samples=2,
+            evaluate_every=1,
+            keep_best=True,
+            checkpoint_every=10,
+            warm_up=tiny_world.WARM_UP,
+        ),
     )
     assert run.best is not None
     suites = {"seen": named("seen", train[:2]), "new": named("new", held_out[6:9])}
@@ -138,7 +143,7 @@ async def test_the_best_weights_of_a_run_and_what_they_were_trained_on_are_repea
     assert report["best"].scores["answer"].to_list() == report["path"].scores["answer"].to_list(), "the same weights"
     assert [each.overlap for each in (best, path, base)] == [{"seen": 2, "new": 1}, {"seen": 2, "new": 1}, None]
     for source in (tmp_path / "e", report):
-        again = await evaluate(source, **where())
+        again = await evaluate(source, **tiny_world.given(sr.EvalConfig, where()))
         assert again.manifest is not None
         assert [asdict(each) for each in again.manifest.systems] == [asdict(each) for each in report.manifest.systems]
         assert again.figures() == report.figures()

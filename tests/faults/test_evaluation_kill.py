@@ -41,17 +41,19 @@ async def evaluate(out: Path, index: Path) -> sr.Report:
         {"trained": train, "held out": held_out},
         tiny_world.make_search(index),
         systems={"search": None, "direct": sr.System(method="direct"), "rag": sr.System(method="rag")},
-        samples=SAMPLES,
         out_dir=out,
         resume=(out / "manifest.json").exists(),
-        max_episodes_in_flight=16,
-        emit=say,
-        # The prompts of the baselines are longer than an episode of this world: 119 and 213 tokens.
-        **{
-            name: value
-            for name, value in {**tiny_world.PLAYING, **tiny_world.served(), "max_trajectory_tokens": 250}.items()
-            if name != "local"
-        },
+        on_event=say,
+        **tiny_world.given(
+            sr.EvalConfig,
+            {
+                name: value
+                for name, value in {**tiny_world.PLAYING, **tiny_world.served(), "max_trajectory_tokens": 250}.items()
+                if name != "local"
+            },
+            samples=SAMPLES,
+            max_episodes_in_flight=16,
+        ),
     )
 
 

@@ -43,10 +43,10 @@ async def test_a_full_disk_under_the_checkpoints_is_said_and_with_room_the_run_g
             tiny_world.make_questions()[0],
             tiny_world.make_search(tmp_path / "index"),
             out_dir=tmp_path / "run",
-            model=str(tiny_world.model_folder()),
             resume=True,
-            steps=5,
-            **(tiny_world.SETTINGS | changes),
+            **tiny_world.given(
+                sr.TrainConfig, tiny_world.SETTINGS | changes, model=str(tiny_world.model_folder()), steps=5
+            ),
         )
 
     with pytest.raises(sr.errors.CheckpointError, match=r"(?i)space|disk"):

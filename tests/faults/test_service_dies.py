@@ -29,14 +29,14 @@ async def test_a_run_whose_service_dies_ends_with_its_cause_and_can_go_on(tmp_pa
             tiny_world.make_questions()[0],
             tiny_world.make_search(tmp_path / "index"),
             out_dir=tmp_path / "run",
-            model=str(tiny_world.model_folder()),
             resume=True,
-            steps=3,
-            **(tiny_world.SETTINGS | small | changes),  # type: ignore[arg-type]
+            **tiny_world.given(
+                sr.TrainConfig, tiny_world.SETTINGS | small | changes, model=str(tiny_world.model_folder()), steps=3
+            ),
         )
 
     with anyio.fail_after(120), pytest.raises(sr.errors.ServiceError, match="exited unexpectedly"):
-        await start(emit=kill_in_the_second_step)
+        await start(on_event=kill_in_the_second_step)
     point = ResumePoint.load(tmp_path / "run")
     assert point is not None
     assert point.step == 1

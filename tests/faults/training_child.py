@@ -19,6 +19,7 @@ from searchr1_async.events import (
     RunEnded,
     StepFinished,
 )
+from tests import tiny_world
 from tests.faults import scripted_world
 
 
@@ -57,15 +58,18 @@ def main(folder: Path, service: str, tokenizer: str, count: int, changes: dict[s
             scripted_world.make_search(folder / "index"),
             out_dir=folder / "run",
             service=service,
-            model="scripted",
-            tokenizer=tokenizer,
             resume=True,
             reward=scripted_world.reward,
-            emit=tell,
+            on_event=tell,
             held_out=questions[count : count + held_out],
-            warm_up=sr.WarmUp(steps=warm_up, batch_size=2) if warm_up else None,
             demonstrations=[sr.Demonstration(one, (one.id.replace("-", " "),)) for one in questions[: 4 * warm_up]],
-            **(scripted_world.SETTINGS | changes),
+            **tiny_world.given(
+                sr.TrainConfig,
+                scripted_world.SETTINGS | changes,
+                model="scripted",
+                tokenizer=tokenizer,
+                warm_up=sr.WarmUp(steps=warm_up, batch_size=2) if warm_up else None,
+            ),
         )
         say("finished", result.steps)
 

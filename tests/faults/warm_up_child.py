@@ -9,6 +9,7 @@ import anyio
 
 import searchr1_async as sr
 from searchr1_async.events import Event, MinibatchSubmitted, PhaseAdvanced, PhaseStarted
+from tests import tiny_world
 from tests.faults import scripted_world
 
 STEPS = 6
@@ -37,15 +38,18 @@ def main(folder: Path, service: str, tokenizer: str) -> None:
             scripted_world.make_search(folder / "index"),
             out_dir=folder / "run",
             service=service,
-            model="scripted",
-            tokenizer=tokenizer,
             resume=True,
             held_out=questions[50:54],
-            warm_up=sr.WarmUp(steps=STEPS, batch_size=4),
             reward=scripted_world.reward,
-            steps=1,
-            emit=tell,
-            **scripted_world.SETTINGS,
+            on_event=tell,
+            **tiny_world.given(
+                sr.TrainConfig,
+                scripted_world.SETTINGS,
+                model="scripted",
+                tokenizer=tokenizer,
+                warm_up=sr.WarmUp(steps=STEPS, batch_size=4),
+                steps=1,
+            ),
         )
         say("finished")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import asdict
 
 import nbformat
@@ -10,8 +9,8 @@ import pytest
 
 import searchr1_async as sr
 from notebooks import execute
+from searchr1_async.config import RECIPE
 from searchr1_async.models import find_model
-from searchr1_async.runs.estimate import RECIPE
 from searchr1_async.training.start import DEFAULT_RANK
 from tests.notebooks import small
 
@@ -45,12 +44,13 @@ def test_the_cloud_settings_are_the_defaults_as_the_notebook_says() -> None:
     exec(cell.source, given)
     cloud = given["cloud"]
     assert isinstance(cloud, dict)
-    defaults = {name: parameter.default for name, parameter in inspect.signature(sr.train).parameters.items()}
+    defaults = sr.TrainConfig().flat()
     model = find_model(cloud["model"])
     assert model is not None
-    # What train() leaves to the model and to the weights that a run starts from.
-    assert (defaults["thinking"], defaults["lora_rank"]) == (None, None)
+    # What a config leaves to the model and to the weights that a run starts from.
+    assert (defaults["thinking"], defaults["lora_rank"], defaults["format"]) == (None, None, None)
     defaults |= {"thinking": model.format.default != "off", "lora_rank": DEFAULT_RANK}
+    defaults["format"] = sr.TrainConfig().episode.format_name
     # And what it leaves to the service: in the cloud, the recipe's sizes.
     sizes = asdict(RECIPE)
     assert all(defaults[name] is None for name in sizes)

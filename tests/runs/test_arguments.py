@@ -8,6 +8,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Awaitable, Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 
 import searchr1_async as sr
 from searchr1_async.cli.main import main, parser_for
+from searchr1_async.config import Config
 from searchr1_async.runs.checkpoints import ResumePoint
 from searchr1_async.runs.export import export
 from tests import tiny_world
@@ -55,6 +57,7 @@ TAKES_TEXT = {
         "thinking",
     ),
     *("folder", "base_model", "push_to_hub"),
+    *("dtype", "device", "systems", "start_from"),
 }
 OF_DATA = {"questions", "held_out", "suites", "training_questions"}
 """Checked where questions are read."""
@@ -68,9 +71,7 @@ def small_questions() -> list[sr.Question]:
 
 
 async def train(**given: Any) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        run = sr.train(**given)  # this call refuses
+    run = sr.train(**given)  # this call refuses
     return await run
 
 
@@ -102,7 +103,9 @@ def given(search: sr.Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 async def outcome(function: Call, given: dict[str, Any]) -> Exception | None:
     called = train if function is sr.train else function
     try:
-        found = called(**given)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            found = called(**(tiny_world.given(CONFIGS[function], given) if function in CONFIGS else given))
         if isinstance(found, Awaitable):
             await found
     except Exception as error:
@@ -114,11 +117,28 @@ def nothing_in(folder: Path) -> bool:
     return not any(folder.iterdir())
 
 
+CONFIGS: dict[Call, type[Config]] = {
+    sr.train: sr.TrainConfig,
+    sr.rollout: sr.RolloutConfig,
+    sr.evaluate: sr.EvalConfig,
+    sr.ask: sr.config.AskConfig,
+    sr.estimate_cost: sr.TrainConfig,
+}
+
+
+def defaults_of(function: Call) -> dict[str, Any]:
+    """The defaults of a call's arguments and of its settings, by their flat names and by concern."""
+    defaults = {each.name: each.default for each in inspect.signature(function).parameters.values()}
+    if (kind := CONFIGS.get(function)) is not None:
+        defaults |= {each.name: None for each in fields(kind)} | kind().flat()
+    return defaults
+
+
 FUNCTIONS = [sr.train, sr.rollout, sr.evaluate, sr.ask, export, sr.estimate_cost]
 EACH = [
     pytest.param(function, name, id=f"{function.__name__}-{name}")
     for function in FUNCTIONS
-    for name in inspect.signature(function).parameters
+    for name in [*defaults_of(function), *(["switch_weights_in_flight"] if function is sr.train else [])]
     if name not in OF_DATA
 ]
 
@@ -149,8 +169,7 @@ async def test_numpy_and_torch_numbers_are_accepted(
 ) -> None:
     torch = pytest.importorskip("torch")
     usual = given(function)
-    parameters = inspect.signature(function).parameters.values()
-    numbers = {each.name: each.default for each in parameters if type(each.default) in (int, float, bool)}
+    numbers = {name: value for name, value in defaults_of(function).items() if type(value) in (int, float, bool)}
     numbers.pop("progress", None)
     assert numbers or function is export
     for make in (np.array, torch.tensor, lambda value: np.array(value)[()]):
@@ -186,13 +205,13 @@ async def test_train_refuses_at_the_call(
     changes: dict[str, Any], told: str, given: Callable[[Call], dict[str, Any]], tmp_path: Path
 ) -> None:
     with pytest.raises(sr.errors.ConfigurationError, match=told):
-        sr.train(**(given(sr.train) | changes))
+        sr.train(**tiny_world.given(sr.TrainConfig, given(sr.train) | changes))
     assert nothing_in(tmp_path)
 
 
 async def test_an_unawaited_search_is_reported(given: Callable[[Call], dict[str, Any]]) -> None:
     with pytest.raises(sr.errors.ConfigurationError, match="await it first"):
-        sr.train(**(given(sr.train) | {"search": sr.Search.open("atlas")}))
+        sr.train(**tiny_world.given(sr.TrainConfig, given(sr.train) | {"search": sr.Search.open("atlas")}))
 
 
 async def test_paths_are_resolved_at_the_call(
@@ -209,7 +228,13 @@ async def test_paths_are_resolved_at_the_call(
         return sr.Score(np.bool_(len(episode.turns[0].sampled_tokens) % 2), {"short": np.float32(0.5), "right": True})
 
     settings = tiny_world.served_settings(learning_rate=np.float32(1e-3), group_size=np.int64(4), seed=np.int64(3))
-    run = sr.train(tiny_world.make_questions()[0], search, out_dir="runs/first", steps=1, reward=reward, **settings)
+    run = sr.train(
+        tiny_world.make_questions()[0],
+        search,
+        out_dir="runs/first",
+        reward=reward,
+        **tiny_world.given(sr.TrainConfig, settings, steps=1),
+    )
     monkeypatch.chdir(tmp_path / "there")
     result = await run
     assert result.out_dir == tmp_path / "here" / "runs" / "first"
@@ -255,3 +280,52 @@ def test_the_command_line_expands_home(tmp_path: Path, monkeypatch: pytest.Monke
         assert parsed(command).out_dir == tmp_path / "x"
     assert parsed(["ask", "~/x", "who?"]).run_folder == tmp_path / "x"
     assert parsed(["export", "run", "~/x"]).folder == tmp_path / "x"
+
+
+@pytest.mark.parametrize("function", list(CONFIGS))
+async def test_a_setting_passed_as_a_keyword_is_refused_saying_where_it_belongs(
+    function: Call, given: Callable[[Call], dict[str, Any]], tmp_path: Path
+) -> None:
+    told = rf"max_turns: a setting belongs in the config: {function.__name__}\(…, config=sr\.config\.\w+Config\(max_turns=…\)\)"
+    with pytest.raises(sr.errors.ConfigurationError, match=told):
+        function(**given(function), max_turns=3)
+    with pytest.raises(TypeError, match="nonsense"):
+        function(**given(function), nonsense=3)
+    assert nothing_in(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("function", "most"), [(sr.train, 15), (sr.rollout, 12), (sr.evaluate, 12), (sr.ask, 12), (sr.estimate_cost, 12)]
+)
+def test_parameter_lists_are_short(function: Call, most: int) -> None:
+    assert len(inspect.signature(function).parameters) <= most
+
+
+async def test_a_run_keeps_its_config_and_a_resume_names_what_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, search: sr.Search
+) -> None:
+    monkeypatch.setenv("TINKER_API_KEY", tiny_world.shared_service().api_key)
+    call = tiny_world.given(sr.TrainConfig, tiny_world.served_settings(), steps=1, lora_rank=None)
+    config: sr.TrainConfig = call.pop("config")
+
+    def start(config: sr.TrainConfig) -> sr.Run:
+        folder = tmp_path / "run"
+        return sr.train(tiny_world.make_questions()[0], search, folder, config, resume=folder.exists(), **call)
+
+    run = start(config)
+    await run
+    kept = config.replace(lora_rank=32, epochs=1)
+    assert run.config == sr.open_run(tmp_path / "run").config == kept
+    assert sr.TrainConfig.load(tmp_path / "run" / "config.toml") == kept
+    before = (tmp_path / "run" / "config.toml").read_bytes()
+    with pytest.raises(sr.errors.RunFolderError, match=r"learning\.learning_rate: 0\.001 then, 0\.002 now"):
+        await start(config.replace(learning_rate=2e-3, steps=2))
+    assert (tmp_path / "run" / "config.toml").read_bytes() == before
+    # Length, reporting and faults may change. Folders of earlier versions have no config.
+    (tmp_path / "run" / "config.toml").unlink()
+    with pytest.raises(sr.errors.ConfigurationError, match="cannot read the settings"):
+        _ = run.config
+    changed = config.replace(steps=2, checkpoint_every=1, max_failed_fraction=0.5, training_deadline=900)
+    assert (await start(changed)).steps == 2
+    assert run.config == changed.replace(lora_rank=32, epochs=1)
+    assert (await start(run.config)).steps == 2, "a kept config resumes its run"

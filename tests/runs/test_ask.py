@@ -83,14 +83,14 @@ async def test_greedy_answers_are_deterministic_and_options_apply(trained: Train
     first, second = await run.ask(question, service=url()), await run.ask(question, service=url(), step=1)
     assert first.episode.tokens == second.episode.tokens
 
-    one_turn = await run.ask(question, service=url(), max_turns=1)
+    one_turn = await run.ask(question, service=url(), config=sr.config.AskConfig(max_turns=1))
     assert (one_turn.answer, one_turn.episode.stop_reason) == (None, sr.StopReason.MAX_TURNS)
     assert one_turn.searches[0].results == ()
     assert one_turn.passages == ()
     assert "no answer" in str(one_turn)
 
     with pytest.raises(sr.errors.ConfigurationError, match="max_turns is 0"):
-        await run.ask(question, service=url(), max_turns=0)
+        await run.ask(question, service=url(), config=sr.config.AskConfig(max_turns=0))
     with pytest.raises(sr.errors.RunFolderError, match="no weights of step 7; kept: 0, 1"):
         await run.ask(question, service=url(), step=7)
 
@@ -107,14 +107,14 @@ async def test_asking_does_not_change_the_folder(trained: TrainedRun) -> None:
 
 async def test_the_base_model_is_asked_with_given_settings(tmp_path: Path) -> None:
     search = tiny_world.make_search(tmp_path / "index")
-    answer = await sr.ask("river of mirin?", search, **untrained())
+    answer = await sr.ask("river of mirin?", search, **tiny_world.given(sr.config.AskConfig, untrained()))
     assert (answer.step, answer.checkpoint) == (0, None)
     assert len(answer.episode.turns[0].sampled_tokens) <= 4
     assert not search.is_open
 
     # Without a run there is no search.
     with pytest.raises(sr.errors.ConfigurationError, match=r"no search given: pass one, such as ask\(question, Search"):
-        await sr.ask("river of mirin?", **untrained())
+        await sr.ask("river of mirin?", **tiny_world.given(sr.config.AskConfig, untrained()))
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,12 @@ async def test_an_unavailable_service_raises(trained: TrainedRun) -> None:
     with pytest.raises(sr.errors.ServiceUnavailableError, match=r"127\.0\.0\.1:9"):
         await sr.ask("river of mirin?", checkpoint=trained.folder, service="http://127.0.0.1:9")
     with pytest.raises(sr.errors.ServiceError, match="not answered: the Tinker service returned no sample within"):
-        await sr.ask("river of mirin?", checkpoint=trained.folder, service=url(), sampling_deadline=1e-6)
+        await sr.ask(
+            "river of mirin?",
+            checkpoint=trained.folder,
+            service=url(),
+            config=sr.config.AskConfig(sampling_deadline=1e-6),
+        )
 
 
 def embedded_run(folder: Path) -> tuple[sr.Run, sr.Search]:
@@ -203,7 +208,9 @@ def embedded_run(folder: Path) -> tuple[sr.Run, sr.Search]:
     search = tiny_world.make_search(folder / "index")
     settings = tiny_world.SETTINGS | {"model": str(tiny_world.model_folder()), "group_size": 2, "groups_per_batch": 2}
     settings |= {"minibatches": 1, "steps": 1, "reward": uneven}
-    return sr.train(tiny_world.make_questions()[0], search, out_dir=folder / "run", **settings), search
+    return sr.train(
+        tiny_world.make_questions()[0], search, out_dir=folder / "run", **tiny_world.given(sr.TrainConfig, settings)
+    ), search
 
 
 async def test_the_embedded_service_opens_the_weights_in_the_runs_folder(
@@ -216,7 +223,9 @@ async def test_the_embedded_service_opens_the_weights_in_the_runs_folder(
     recorded = sr.open_run(tmp_path / "run")
     assert type(recorded) is sr.runs.RecordedRun
     local = sr.config.LocalOptions(threads=1, dtype="float32", device="cpu")
-    answer = await recorded.ask("river of mirin?", search, local=local, emit=told.append)
+    answer = await recorded.ask(
+        "river of mirin?", search, on_event=told.append, config=sr.config.AskConfig(local=local)
+    )
     assert (answer.step, answer.checkpoint) == (1, result.checkpoint)
     assert any(isinstance(event, Notice) and "starting the embedded service" in event.text for event in told)
     assert not any(isinstance(event, PhaseStarted) for event in told)
@@ -235,7 +244,7 @@ async def test_asking_a_finished_run_restarts_its_embedded_service(
     await run
     answer = await run.ask("river of mirin?")
     local = sr.config.LocalOptions(threads=1, dtype="float32", device="cpu")
-    again = await sr.open_run(tmp_path / "run").ask("river of mirin?", search, local=local)
+    again = await sr.open_run(tmp_path / "run").ask("river of mirin?", search, config=sr.config.AskConfig(local=local))
     assert again.episode.tokens == answer.episode.tokens
     assert tiny_world.service_processes() == []
 
@@ -257,5 +266,5 @@ async def test_questions_without_golden_answers_are_only_for_asking(tmp_path: Pa
         with pytest.raises(sr.errors.QuestionsError, match="no golden answer"):
             start()
     with pytest.raises(sr.errors.QuestionsError, match="no golden answer"):
-        await sr.rollout([question], search, **untrained())
+        await sr.rollout([question], search, **tiny_world.given(sr.RolloutConfig, untrained()))
     assert not (tmp_path / "run").exists()

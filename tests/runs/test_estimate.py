@@ -21,7 +21,7 @@ PRICE = sr.runs.Price(1.0, 2.0, 3.0)
 
 def estimated(**changes: Any) -> sr.runs.CostEstimate:
     settings: dict[str, Any] = {"service": CLOUD, "price": PRICE, "group_size": 4, "groups_per_batch": 5}
-    return sr.estimate_cost(QUESTIONS, **settings | changes)
+    return sr.estimate_cost(QUESTIONS, **tiny_world.given(sr.TrainConfig, settings | changes))
 
 
 BY_HAND: dict[str, Any] = {"turns": 2, "tokens_per_turn": 50, "prompt_tokens": 100, "passage_tokens": 40}
@@ -64,7 +64,7 @@ def test_fractions_can_be_given() -> None:
 
 
 def test_an_unknown_price_leaves_the_tokens() -> None:
-    found = sr.estimate_cost(QUESTIONS, service=CLOUD, model="nobody/knows", steps=3)
+    found = sr.estimate_cost(QUESTIONS, service=CLOUD, config=sr.TrainConfig(model="nobody/knows", steps=3))
     assert found.dollars is None
     assert found.high_dollars is None
     assert found.tokens.prompt > 0
@@ -83,7 +83,7 @@ def test_it_has_readable_text() -> None:
     found = estimated()
     assert str(found).splitlines()[0] == f"Estimated cost: {found.text}."
     assert all(f"  - {sentence}" in str(found) for sentence in found.assumptions)
-    page = sr.estimate_cost(QUESTIONS, service=CLOUD, model="<b>&")._repr_html_()
+    page = sr.estimate_cost(QUESTIONS, service=CLOUD, config=sr.TrainConfig(model="<b>&"))._repr_html_()
     assert "&lt;b&gt;&amp;" in page
     assert f"<td style='text-align:right'>{found.tokens.sampled:,}</td>" in found._repr_html_()
 
@@ -94,7 +94,7 @@ def test_it_has_readable_text() -> None:
     prompt=st.floats(1, 3000),
     limits=st.tuples(st.integers(1, 8), st.integers(1, 2000), st.integers(20_000, 100_000)),
     results=st.integers(1, 10),
-    group_size=st.integers(1, 16),
+    group_size=st.integers(2, 16),
 )
 def test_the_limits_bound_what_is_expected(
     turns: float, tokens: float, prompt: float, limits: tuple[int, int, int], results: int, group_size: int
@@ -148,7 +148,11 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., sr.R
 
     def make(**changes: Any) -> sr.Run:
         settings = {"out_dir": tmp_path / "run", "price": PRICE} | tiny_world.served_settings(**changes)
-        return sr.train(tiny_world.make_questions()[0], tiny_world.make_search(tmp_path / "index"), **settings)
+        return sr.train(
+            tiny_world.make_questions()[0],
+            tiny_world.make_search(tmp_path / "index"),
+            **tiny_world.given(sr.TrainConfig, settings),
+        )
 
     return make
 
@@ -163,11 +167,8 @@ async def test_like_a_past_run_it_matches_that_runs_usage(start: Callable[..., s
     found = sr.estimate_cost(
         tiny_world.make_questions()[0],
         service=CLOUD,
-        price=PRICE,
-        group_size=4,
-        groups_per_batch=6,
-        steps=2,
         like=tmp_path / "run",
+        config=sr.TrainConfig(price=PRICE, group_size=4, groups_per_batch=6, steps=2),
     )
     assert found.tokens.prompt == pytest.approx(cost.tokens.prompt, abs=1)
     assert found.tokens.cached == pytest.approx(cost.tokens.cached, abs=1)

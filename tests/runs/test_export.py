@@ -49,7 +49,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sr.runs.Recor
             steps=3, checkpoint_every=2, warm_up=tiny_world.WARM_UP, held_out=held_out[:4], evaluate_every=1
         )
         await sr.train(
-            train, tiny_world.make_search(folder / "index"), out_dir=folder / "run", keep_best=True, **settings
+            train,
+            tiny_world.make_search(folder / "index"),
+            out_dir=folder / "run",
+            **tiny_world.given(sr.TrainConfig, settings, keep_best=True),
         )
 
     with pytest.MonkeyPatch.context() as patch:
@@ -249,7 +252,7 @@ async def test_a_run_of_the_embedded_service_while_it_trains_and_afterwards(
     search = tiny_world.make_search(tmp_path / "index")
     model = str(tiny_world.model_folder())
     settings |= {"steps": 2, "checkpoint_every": 1, "warm_up": tiny_world.WARM_UP}
-    run = sr.train(train, search, out_dir=tmp_path / "run", model=model, **settings)
+    run = sr.train(train, search, out_dir=tmp_path / "run", **tiny_world.given(sr.TrainConfig, settings, model=model))
     early: Path | None = None
     async for event in run:
         if isinstance(event, StepFinished) and event.step == 1:

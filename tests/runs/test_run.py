@@ -58,7 +58,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., sr.R
     def make(**changes: Any) -> sr.Run:
         settings = {"steps": 4, "out_dir": tmp_path / "run"} | tiny_world.served_settings(**changes)
         questions = settings.pop("questions", tiny_world.make_questions()[0])
-        return sr.train(questions, settings.pop("search", search), **settings)
+        return sr.train(questions, settings.pop("search", search), **tiny_world.given(sr.TrainConfig, settings))
 
     return make
 
@@ -93,7 +93,7 @@ def assert_whole(run: sr.Run, steps: int) -> None:
 
 async def test_a_stopped_run_keeps_its_steps_and_resumes(start: Callable[..., sr.Run]) -> None:
     watch = Watch()
-    run = start(emit=watch)
+    run = start(on_event=watch)
     await watch.wait_for(in_step(2), run)
     result = await run.stop()
     assert run.done
@@ -105,7 +105,7 @@ async def test_a_stopped_run_keeps_its_steps_and_resumes(start: Callable[..., sr
     assert tiny_world.tasks_left() == set()
 
     again = Watch()
-    run = start(emit=again, resume=True)
+    run = start(on_event=again, resume=True)
     result = await run
     assert (result.steps, result.reason) == (4, "finished")
     assert_whole(run, 4)
@@ -118,7 +118,7 @@ async def test_a_finished_run_returns_at_once_without_a_service(
     first = await start(steps=1)
     dead = "http://127.0.0.1:9"
     watch = Watch()
-    second = await start(steps=1, resume=True, service=dead, emit=watch)
+    second = await start(steps=1, resume=True, service=dead, on_event=watch)
     assert second == first
     assert not any(isinstance(event, PhaseStarted) for event in watch.events)
     with pytest.raises(sr.errors.ServiceUnavailableError):  # there is work left now
@@ -138,7 +138,7 @@ async def test_a_run_stopped_before_its_first_step_starts_over(start: Callable[.
 
 async def test_cancelling_the_awaiting_task_closes_everything_first(start: Callable[..., sr.Run]) -> None:
     watch = Watch()
-    run = start(emit=watch)
+    run = start(on_event=watch)
     awaiting = asyncio.create_task(cell(run))
     await watch.wait_for(in_step(2), run)
     awaiting.cancel()
@@ -153,7 +153,7 @@ async def test_cancelling_the_awaiting_task_closes_everything_first(start: Calla
 
 async def test_a_cancelled_scope_waits_too(start: Callable[..., sr.Run]) -> None:
     watch = Watch()
-    run = start(emit=watch)
+    run = start(on_event=watch)
     with anyio.CancelScope() as scope:
         async with anyio.create_task_group() as tasks:
 
@@ -199,7 +199,7 @@ async def test_a_folder_with_a_run_is_not_overwritten(start: Callable[..., sr.Ru
 
 async def test_a_folder_in_use_is_refused(start: Callable[..., sr.Run]) -> None:
     watch = Watch()
-    run = start(steps=2, emit=watch)
+    run = start(steps=2, on_event=watch)
     await watch.wait_for(in_step(1), run)
     with pytest.raises(sr.errors.RunFolderError, match="another run"):
         await start(steps=2, resume=True)
@@ -257,7 +257,7 @@ async def test_a_steps_events_are_in_order(start: Callable[..., sr.Run], tmp_pat
 
 async def test_a_paused_run_sends_no_requests_and_resumes(start: Callable[..., sr.Run]) -> None:
     watch = Watch()
-    run = start(steps=3, emit=watch)
+    run = start(steps=3, on_event=watch)
     await watch.wait_for(in_step(2), run)
     with anyio.fail_after(60):
         await run.pause()
@@ -282,11 +282,14 @@ async def test_a_paused_run_sends_no_requests_and_resumes(start: Callable[..., s
 
 async def test_asking_a_running_run_uses_its_newest_weights(start: Callable[..., sr.Run]) -> None:
     watch = Watch()
-    run = start(steps=3, emit=watch, reward=uneven, checkpoint_every=1)
+    run = start(steps=3, on_event=watch, reward=uneven, checkpoint_every=1)
     first = await run.ask("river of mirin?")  # waits for the services
     assert first.checkpoint is None
     await watch.wait_for(finished(1), run)
-    newest, kept = await run.ask("river of mirin?"), await run.ask("river of mirin?", step=1, max_turns=1)
+    newest, kept = (
+        await run.ask("river of mirin?"),
+        await run.ask("river of mirin?", step=1, config=sr.config.AskConfig(max_turns=1)),
+    )
     assert newest.step is not None
     assert (first.step or 0) <= newest.step >= 1
     assert kept.checkpoint is not None
@@ -297,7 +300,7 @@ async def test_asking_a_running_run_uses_its_newest_weights(start: Callable[...,
     with pytest.raises(sr.errors.QuestionsError, match="is no question"):
         await run.ask(" ")
     with pytest.raises(sr.errors.ConfigurationError, match="temperature is -1"):
-        await run.ask("river of mirin?", temperature=-1)
+        await run.ask("river of mirin?", config=sr.config.AskConfig(temperature=-1))
     assert (await run).reason == "finished"
     assert_whole(run, 3)
     played = [event.episode for event in watch.events if isinstance(event, EpisodeFinished)]
@@ -308,7 +311,7 @@ async def test_asking_a_running_run_uses_its_newest_weights(start: Callable[...,
 
 async def test_a_paused_run_answers_and_stays_paused(start: Callable[..., sr.Run]) -> None:
     watch = Watch()
-    run = start(steps=3, emit=watch)
+    run = start(steps=3, on_event=watch)
     await watch.wait_for(in_step(2), run)
     with anyio.fail_after(60):
         await run.pause()
@@ -333,7 +336,7 @@ async def test_a_run_that_ends_first_answers_with_its_last_weights(
     start: Callable[..., sr.Run], tmp_path: Path
 ) -> None:
     watch = Watch()
-    run = start(steps=1, emit=watch, reward=uneven)
+    run = start(steps=1, on_event=watch, reward=uneven)
     await watch.wait_for(in_step(1), run)
     search = tiny_world.make_search(tmp_path / "another", search_class=LateSearch)
     search.may_open = asyncio.Event()
@@ -368,7 +371,7 @@ async def test_a_run_that_ends_before_it_has_weights_cannot_answer(start: Callab
 
 async def test_a_paused_run_can_be_stopped(start: Callable[..., sr.Run]) -> None:
     watch = Watch()
-    run = start(emit=watch)
+    run = start(on_event=watch)
     await watch.wait_for(in_step(1), run)
     await run.pause()
     result = await run.stop()
@@ -378,7 +381,7 @@ async def test_a_paused_run_can_be_stopped(start: Callable[..., sr.Run]) -> None
 
 async def test_a_stop_waits_for_the_current_optimiser_step(start: Callable[..., sr.Run]) -> None:
     watch = Watch()
-    run = start(emit=watch, reward=uneven)
+    run = start(on_event=watch, reward=uneven)
     await watch.wait_for(lambda event: isinstance(event, BatchClosed) and event.step == 1, run)
     assert not any(isinstance(event, WeightsPublished) for event in watch.events)
     result = await run.stop()
@@ -388,7 +391,7 @@ async def test_a_stop_waits_for_the_current_optimiser_step(start: Callable[..., 
 
 async def test_an_interrupt_stops_with_a_checkpoint(start: Callable[..., sr.Run]) -> None:
     watch = Watch()
-    run = start(emit=watch)
+    run = start(on_event=watch)
     awaiting = asyncio.create_task(cell(run))
     await watch.wait_for(in_step(2), run)
     awaiting.cancel()
@@ -404,7 +407,7 @@ async def test_an_interrupt_stops_with_a_checkpoint(start: Callable[..., sr.Run]
 
 async def test_a_second_interrupt_ends_it_too(start: Callable[..., sr.Run]) -> None:
     watch = Watch()
-    run = start(emit=watch)
+    run = start(on_event=watch)
     awaiting = asyncio.create_task(cell(run))
     await watch.wait_for(in_step(1), run)
     awaiting.cancel()
@@ -422,7 +425,7 @@ async def test_a_run_is_reopened_by_its_folder(start: Callable[..., sr.Run], tmp
     with pytest.raises(sr.errors.RunFolderError, match="holds no run"):
         sr.open_run(tmp_path / "run")
     watch = Watch()
-    run = start(steps=2, emit=watch)
+    run = start(steps=2, on_event=watch)
     await watch.wait_for(lambda event: isinstance(event, RunStarted), run)
     assert sr.open_run(tmp_path / "run") is run, "it is under way in this process"
     result = await run
@@ -444,7 +447,7 @@ async def test_a_run_is_reopened_by_its_folder(start: Callable[..., sr.Run], tmp
 
 async def test_a_stop_after_the_last_weights_waits_for_their_record(start: Callable[..., sr.Run]) -> None:
     watch = Watch()
-    run = start(steps=2, emit=watch, reward=uneven)
+    run = start(steps=2, on_event=watch, reward=uneven)
     await watch.wait_for(lambda event: isinstance(event, WeightsPublished) and event.step == 2, run)
     assert not any(finished(2)(event) for event in watch.events)
     result = await run.stop()
@@ -454,7 +457,7 @@ async def test_a_stop_after_the_last_weights_waits_for_their_record(start: Calla
 
 async def test_a_stop_in_the_last_measurement_is_a_stop(start: Callable[..., sr.Run]) -> None:
     watch = Watch()
-    run = start(steps=1, emit=watch, held_out=tiny_world.make_questions()[1])
+    run = start(steps=1, on_event=watch, held_out=tiny_world.make_questions()[1])
     await watch.wait_for(lambda event: isinstance(event, PhaseStarted) and event.label == "after RL", run)
     result = await run.stop()
     assert (result.steps, result.reason) == (1, "stopped")

@@ -27,7 +27,8 @@ from tests.faults import scripted_world
 async def main():
     folder = Path(sys.argv[1])
     search = scripted_world.make_search(folder / "index")
-    sr.train(scripted_world.questions(), search, out_dir=folder / "run", service=sys.argv[2], model="scripted", progress="plain")
+    config = sr.TrainConfig(model="scripted")
+    sr.train(scripted_world.questions(), search, folder / "run", config, service=sys.argv[2], progress="plain")
 
 asyncio.run(main())
 """
@@ -48,8 +49,8 @@ def start(tmp_path: Path, service: str) -> Callable[[], sr.Run]:
             scripted_world.make_search(tmp_path / "index"),
             out_dir=tmp_path / name,
             service=service,
-            model="scripted",
             progress=False,
+            config=sr.TrainConfig(model="scripted"),
         )
 
     return train

@@ -9,9 +9,9 @@ import anyio
 import pytest
 
 import searchr1_async as sr
+from searchr1_async.config import LAPTOP, RECIPE, chosen_sizes
 from searchr1_async.events import Event, Notice, PhaseStarted, RunStarted
 from searchr1_async.runs.checkpoints import ResumePoint
-from searchr1_async.runs.estimate import LAPTOP, RECIPE, chosen_sizes
 from tests import tiny_world
 
 
@@ -83,11 +83,10 @@ async def test_an_embedded_run_records_its_sizes_and_resumes(tmp_path: Path, mon
             ],
             tiny_world.make_search(tmp_path / "index"),
             out_dir=tmp_path / "run",
-            model=str(tiny_world.model_folder()),
-            **(playing | changes),
+            **tiny_world.given(sr.TrainConfig, playing | changes, model=str(tiny_world.model_folder())),
         )
 
-    run = start(emit=watch, max_trajectory_tokens=128)
+    run = start(on_event=watch, max_trajectory_tokens=128)
     with anyio.fail_after(120):
         await begins.wait()
         await run.stop()

@@ -102,7 +102,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., sr.R
     def make(**changes: Any) -> sr.Run:
         settings = {"out_dir": tmp_path / "run", "price": PRICE} | tiny_world.served_settings(**changes)
         search = tiny_world.make_search(tmp_path / "index")
-        return sr.train(tiny_world.make_questions()[0], search, **settings)
+        return sr.train(tiny_world.make_questions()[0], search, **tiny_world.given(sr.TrainConfig, settings))
 
     return make
 
@@ -116,7 +116,7 @@ async def test_a_run_ends_before_its_limit_and_goes_on_with_a_higher_one(start: 
     held_out = tiny_world.make_questions()[1][:4]
     settings: dict[str, Any] = {"held_out": held_out, "reward": by_length, "kl_coefficient": 0.01}
     events: list[Event] = []
-    none = await start(steps=1, max_cost=1e-6, emit=events.append, **settings)
+    none = await start(steps=1, max_cost=1e-6, on_event=events.append, **settings)
     assert (none.reason, none.steps) == ("max_cost", 0), "what is measured before the first step is not held back"
     assert none.estimated_cost is not None
     assert any("the cost limit is near" in event.text for event in events if isinstance(event, Notice))
@@ -136,7 +136,7 @@ async def test_a_run_ends_before_its_limit_and_goes_on_with_a_higher_one(start: 
     assert second.cost.dollars is not None
     assert first.cost.dollars < second.cost.dollars <= limit
     events.clear()
-    run = start(steps=4, max_cost=1e9, resume=True, emit=events.append, **settings)
+    run = start(steps=4, max_cost=1e9, resume=True, on_event=events.append, **settings)
     third = await run
     assert (third.reason, third.steps) == ("finished", 4)
     begun = next(event for event in events if isinstance(event, RunStarted))
@@ -185,8 +185,11 @@ async def test_what_is_asked_of_a_run_belongs_to_its_cost_and_a_live_view_says_t
     start: Callable[..., sr.Run],
 ) -> None:
     state = RunState()
-    run = start(steps=1, reward=by_length, emit=lambda event: state.see(event, 0.0))
-    answers = [await run.ask("river of mirin?"), await run.ask("river of mirin?", max_turns=1)]
+    run = start(steps=1, reward=by_length, on_event=lambda event: state.see(event, 0.0))
+    answers = [
+        await run.ask("river of mirin?"),
+        await run.ask("river of mirin?", config=sr.config.AskConfig(max_turns=1)),
+    ]
     cost = (await run).cost
     assert cost is not None
     asked = total_usage(sampling_usage(answer.episode) for answer in answers)
@@ -229,7 +232,13 @@ async def test_the_embedded_service_costs_nothing_and_reaches_no_limit(
     model = str(tiny_world.model_folder())
     search = tiny_world.make_search(tmp_path / "index")
     questions = tiny_world.make_questions()[0]
-    run = sr.train(questions, search, out_dir=tmp_path / "run", model=model, emit=events.append, **settings)
+    run = sr.train(
+        questions,
+        search,
+        out_dir=tmp_path / "run",
+        on_event=events.append,
+        **tiny_world.given(sr.TrainConfig, settings, model=model),
+    )
     result = await run
     assert (result.reason, result.steps) == ("finished", 1)
     assert result.cost is not None

@@ -15,7 +15,7 @@ from searchr1_async.config import EpisodeLimits
 from searchr1_async.evaluation import job_manifest as describing
 from searchr1_async.evaluation.manifest import Manifest
 from searchr1_async.runs.rollouts import PlaySettings
-from searchr1_async.runs.weights import RECIPE, EpisodeChoice, TrainedPlay, find_weights
+from searchr1_async.runs.weights import RECIPE_EPISODES, EpisodeChoice, TrainedPlay, find_weights
 from tests import tiny_world
 from tests.trained_run import SERVICE_KEY, TrainedRun, trained_run, with_hashed_words
 
@@ -45,7 +45,7 @@ def quiet() -> dict[str, Any]:
 
 async def measure(trained: TrainedRun, search: sr.Search | None = None, **options: Any) -> sr.Report:
     systems = options.pop("systems", {"trained": trained.folder})
-    return await sr.evaluate(HELD_OUT, search, systems=systems, **quiet(), **options)
+    return await sr.evaluate(HELD_OUT, search, systems=systems, **tiny_world.given(sr.EvalConfig, quiet(), options))
 
 
 def is_as_trained(episode: sr.Episode, prompt: str) -> bool:
@@ -80,8 +80,12 @@ async def test_evaluate_rollout_and_ask_use_the_trained_settings(trained: Traine
     assert not any("is evaluated with other settings than in training" in note for note in report.notes())
 
     # Exactly the prompts and limits of training, and of an asked question.
-    asked = await sr.ask(HELD_OUT[0].question, search, checkpoint=trained.folder, **quiet())
-    groups = await sr.rollout(HELD_OUT, search, checkpoint=trained.folder, group_size=1, **quiet())
+    asked = await sr.ask(
+        HELD_OUT[0].question, search, checkpoint=trained.folder, **tiny_world.given(sr.config.AskConfig, quiet())
+    )
+    groups = await sr.rollout(
+        HELD_OUT, search, checkpoint=trained.folder, **tiny_world.given(sr.RolloutConfig, quiet(), group_size=1)
+    )
     rolled = [group.episodes[0] for group in groups]
     assert asked.episode.prompt_tokens == report["trained"].episodes[0].prompt_tokens
     assert [each.prompt_tokens for each in rolled] == [each.prompt_tokens for each in report["trained"].episodes]
@@ -90,7 +94,7 @@ async def test_evaluate_rollout_and_ask_use_the_trained_settings(trained: Traine
     # Without a search the run's own is used, and its manifest gives the same again.
     for again in (
         await measure(trained, temperature=0, systems=systems),
-        await sr.evaluate(tmp_path / "e", search, **quiet()),
+        await sr.evaluate(tmp_path / "e", search, **tiny_world.given(sr.EvalConfig, quiet())),
     ):
         assert again.frame().equals(report.frame())
     assert (again.record("trained"), again.notes()) == (report.record("trained"), report.notes())
@@ -116,7 +120,7 @@ async def test_given_settings_override_and_are_reported(trained: TrainedRun) -> 
         assert f"{same} " not in said.replace("search then", "")
 
     events: list[Any] = []
-    await sr.rollout(HELD_OUT[:1], bare_search(trained), checkpoint=trained.folder, max_tokens=7, emit=events.append, group_size=1, **quiet())  # fmt: skip
+    await sr.rollout(HELD_OUT[:1], bare_search(trained), checkpoint=trained.folder, on_event=events.append, **tiny_world.given(sr.RolloutConfig, quiet(), max_tokens=7, group_size=1))  # fmt: skip
     told = [event.text for event in events if type(event).__name__ == "Notice"]
     assert f"the weights of {trained.folder} are rolled out with max_tokens 7 (trained with 11)" in told
 
@@ -147,21 +151,30 @@ async def test_an_evaluation_of_an_earlier_version_resumes_unchanged(trained: Tr
     given = await measure(trained, bare_search(trained, n_results=3), out_dir=tmp_path / "e", **settings)
     manifest = json.loads((tmp_path / "e" / "manifest.json").read_text())
     assert given.record("trained").instructions == "search then answer"  # type: ignore[union-attr]
-    play = PlaySettings(sr.rewards.RecipeReward(), EpisodeLimits(), sr.config.SamplingSettings(), format_name="tags")
+    play = PlaySettings(
+        sr.rewards.RecipeReward(),
+        sr.config.SamplingSettings(),
+        EpisodeChoice(format="tags").completed_by(RECIPE_EPISODES),
+    )
     # As the previous version wrote it: its systems had the evaluation's prompt, not their run's.
     del manifest["settings"]["follows_runs"]
     for system in manifest["systems"]:
         for name in ("n_results", "max_passage_words", "like", "differences", "unrecorded"):
             del system[name]
         system["instructions"] = None
-        system["prompt"], system["prompt_sha256"] = describing._prompt(play, "search")
+        system["prompt"], system["prompt_sha256"] = describing._prompt(play.episodes, "search")
     (tmp_path / "e" / "manifest.json").write_text(json.dumps(manifest))
     loaded = Manifest.load(tmp_path / "e")
     assert loaded is not None
     assert loaded.systems[0].like is None
     gone_on = await measure(trained, bare_search(trained, n_results=3), out_dir=tmp_path / "e", resume=True, **settings)
     assert gone_on.record("trained").instructions is None  # type: ignore[union-attr]
-    again = await sr.evaluate(tmp_path / "e", bare_search(trained, n_results=3), out_dir=tmp_path / "again", **quiet())
+    again = await sr.evaluate(
+        tmp_path / "e",
+        bare_search(trained, n_results=3),
+        out_dir=tmp_path / "again",
+        **tiny_world.given(sr.EvalConfig, quiet()),
+    )
     assert not any("search then answer" in prompt for prompt in prompts(trained, again["trained"].episodes))
 
 
@@ -190,7 +203,9 @@ async def test_conflicting_settings_are_refused_at_the_call(trained: TrainedRun,
 
 def test_weights_without_a_run_use_the_recipes_defaults() -> None:
     weights = find_weights("tinker://run/sampler_weights/step-000001")
-    assert weights.episodes(EpisodeChoice(max_turns=3), None).completed_by(RECIPE).limits == EpisodeLimits(max_turns=3)
+    assert weights.episodes(EpisodeChoice(max_turns=3), None).completed_by(RECIPE_EPISODES).limits == EpisodeLimits(
+        max_turns=3
+    )
 
 
 def test_missing_settings_of_an_old_folder_default_and_are_named() -> None:
@@ -200,7 +215,7 @@ def test_missing_settings_of_an_old_folder_default_and_are_named() -> None:
         *("renderer", "instructions", "max_trajectory_tokens", "max_queries_per_call", "malformed_calls"),
         *("n_results", "max_passage_words"),
     }
-    measured = RECIPE.completed_by(EpisodeChoice(n_results=3))
+    measured = RECIPE_EPISODES.completed_by(EpisodeChoice(n_results=3))
     assert old.differences(measured) == {
         "format": ["tags", "hermes"],
         "max_turns": [3, 5],

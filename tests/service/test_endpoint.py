@@ -97,7 +97,13 @@ async def test_an_invalid_service_is_refused_at_the_call(
     search = tiny_world.make_search(tmp_path / "index")
     question = sr.Question("q", "Who?", ("Austen",))
     with pytest.raises(sr.errors.ConfigurationError, match=named) as caught:
-        sr.train([question], search, out_dir=tmp_path / "run", service=service, groups_per_batch=1, minibatches=1)
+        sr.train(
+            [question],
+            search,
+            out_dir=tmp_path / "run",
+            service=service,
+            config=sr.TrainConfig(groups_per_batch=1, minibatches=1),
+        )
     assert "secret" not in str(caught.value)
     with pytest.raises(sr.errors.ConfigurationError, match=named):
         await sr.rollout([question], search, service=service, progress=False)
@@ -136,10 +142,7 @@ async def test_another_service_is_used_without_naming_its_model(
         if way == "TINKER_BASE_URL":
             monkeypatch.setenv(way, served.url)
             settings = {}
-        groups = await sr.rollout(
-            [sr.Question("q", "Who?", ("Austen",))], tiny_world.make_search(tmp_path / "index"), group_size=2, renderer="chatml",
-            max_tokens=16, progress=False, emit=events.append, **settings,
-        )  # fmt: skip
+        groups = await sr.rollout([sr.Question("q", "Who?", ("Austen",))], tiny_world.make_search(tmp_path / "index"), progress=False, on_event=events.append, **tiny_world.given(sr.RolloutConfig, settings, group_size=2, renderer="chatml", max_tokens=16))  # fmt: skip
     assert len(groups[0].episodes) == 2
     notices = [event.text for event in events if isinstance(event, Notice)]
     assert notices[0].startswith(f"using the Tinker service at {served.url}")
@@ -198,8 +201,8 @@ def test_the_first_line_of_a_run_says_which_service_it_uses(tmp_path: Path) -> N
         "        os._exit(0)\n"
         "async def main():\n"
         "    search = tiny_world.make_search(sys.argv[1] + '/index')\n"
-        "    await sr.train([sr.Question('q', 'Who?', ('A',))], search, out_dir=sys.argv[1] + '/run', groups_per_batch=1,\n"
-        "                   minibatches=1, progress=False, emit=first)\n"
+        "    await sr.train([sr.Question('q', 'Who?', ('A',))], search, sys.argv[1] + '/run',\n"
+        "                   sr.TrainConfig(groups_per_batch=1, minibatches=1), progress=False, on_event=first)\n"
         "asyncio.run(main())\n"
     )
     # No proxy listens there, so the cloud is never reached.

@@ -74,11 +74,11 @@ def stand_in_service(
 def train(service: StandIn, folder: Path, **changes: Any) -> sr.Run:
     settings: dict[str, Any] = {
         "tokenizer": service.tokenizer, "steps": 1, "group_size": 8, "groups_per_batch": 2, "minibatches": 1,
-        "drop_constant_groups": False, "max_tokens": 64, "progress": False, "emit": service.events.append,
+        "drop_constant_groups": False, "max_tokens": 64, "progress": False, "on_event": service.events.append,
     }  # fmt: skip
     questions = [sr.Question(f"q{i}", f"Who wrote book {i}?", ("Austen",)) for i in range(2)]
     search = tiny_world.make_search(folder / "index")
-    return sr.train(questions, search, out_dir=folder / "run", **(settings | changes))
+    return sr.train(questions, search, out_dir=folder / "run", **tiny_world.given(sr.TrainConfig, settings | changes))
 
 
 async def test_with_only_a_key_a_run_uses_todays_default_without_thinking(
@@ -114,7 +114,7 @@ async def test_on_springs_list_the_nearest_of_the_family_is_used(
         assert not any("offer" in text for text in service.notices)
         # With nothing left to do, the estimate is of its model too.
         state = RunState()
-        again = await train(service, tmp_path, steps=2, resume=True, emit=lambda event: state.see(event, 0.0))
+        again = await train(service, tmp_path, steps=2, resume=True, on_event=lambda event: state.see(event, 0.0))
         assert again.estimated_cost is not None
         assert "the price of Qwen/Qwen3-4B-Instruct-2507 on this server" in again.estimated_cost.text
         assert "Qwen/Qwen3-4B-Instruct-2507 on this server" in state.cost.note
@@ -148,15 +148,15 @@ async def test_an_unoffered_model_is_refused_with_alternatives(
             await sr.evaluate(
                 [sr.Question("q", "Who?", ("A",))],
                 tiny_world.make_search(tmp_path / "index"),
-                model=model,
                 progress=False,
+                config=sr.EvalConfig(model=model),
             )
         with pytest.raises(ModelError, match="does not offer"):
             await sr.rollout(
                 [sr.Question("q", "Who?", ("A",))],
                 tiny_world.make_search(tmp_path / "index"),
-                model=model,
                 progress=False,
+                config=sr.RolloutConfig(model=model),
             )
 
 
@@ -195,12 +195,16 @@ async def test_evaluation_and_rollout_use_the_trained_thinking(tmp_path: Path, m
     with stand_in_service(tmp_path, monkeypatch, "Qwen/Qwen3.5-4B", TODAY) as service:
         await train(service, tmp_path, thinking=True)
         search = tiny_world.make_search(tmp_path / "index")
-        settings: dict[str, Any] = {"tokenizer": service.tokenizer, "progress": False, "emit": service.events.append}
+        settings: dict[str, Any] = {
+            "tokenizer": service.tokenizer,
+            "progress": False,
+            "on_event": service.events.append,
+        }
 
         async def ends(suites: Any, **options: Any) -> list[bool]:
             """For each prompt, in order: whether it lets the model think."""
             service.prompts.clear()
-            await sr.evaluate(suites, search, **(settings | options))
+            await sr.evaluate(suites, search, **tiny_world.given(sr.EvalConfig, settings | options))
             assert all(prompt.endswith((on, off)) for prompt in service.prompts)
             return [prompt.endswith(on) for prompt in service.prompts]
 
@@ -219,37 +223,54 @@ async def test_evaluation_and_rollout_use_the_trained_thinking(tmp_path: Path, m
             in service.notices
         )
         service.prompts.clear()
-        await sr.rollout(questions, search, checkpoint=run, group_size=1, **settings)
+        await sr.rollout(
+            questions, search, checkpoint=run, **tiny_world.given(sr.RolloutConfig, settings, group_size=1)
+        )
         assert all(prompt.endswith(on) for prompt in service.prompts)
         assert service.prompts
         # A run started before ``thinking`` existed left it to the template.
         state = json.loads((run / "state.json").read_text())
         del state["settings"]["thinking"]
         (run / "state.json").write_text(json.dumps(state))
-        assert await ends(questions, checkpoint=run) == [True], "as the template of Qwen3.5 has it"
+        assert await ends(questions, systems=run) == [True], "as the template of Qwen3.5 has it"
 
 
 async def test_evaluations_and_given_clients_are_checked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     questions = [sr.Question("q", "Who wrote it?", ("Austen",))]
     with stand_in_service(tmp_path, monkeypatch, "Qwen/Qwen3-4B-Instruct-2507", SPRING) as service:
         search = tiny_world.make_search(tmp_path / "index")
-        settings: dict[str, Any] = {"tokenizer": service.tokenizer, "progress": False, "emit": service.events.append}
-        report = await sr.evaluate(questions, search, out_dir=tmp_path / "evaluation", **settings)
+        settings: dict[str, Any] = {
+            "tokenizer": service.tokenizer,
+            "progress": False,
+            "on_event": service.events.append,
+        }
+        report = await sr.evaluate(
+            questions, search, out_dir=tmp_path / "evaluation", **tiny_world.given(sr.EvalConfig, settings)
+        )
         assert report.manifest is not None
         assert [record.model for record in report.manifest.systems] == ["Qwen/Qwen3-4B-Instruct-2507"]
         assert sum(", the nearest of its family" in text for text in service.notices) == 1
         assert report.manifest.service["tinker"] is False
         assert report.costs()["dollars"].null_count() == 1, "a server of one's own has its own prices"
-        again = await sr.evaluate(questions, search, out_dir=tmp_path / "evaluation", resume=True, **settings)
+        again = await sr.evaluate(
+            questions, search, out_dir=tmp_path / "evaluation", resume=True, **tiny_world.given(sr.EvalConfig, settings)
+        )
         assert again.manifest == report.manifest
         async with sdk(service.url) as client:
             monkeypatch.delenv("TINKER_BASE_URL")
             assert not is_tinker_cloud(client)
             assert is_tinker_cloud(None)
-            groups = await sr.rollout(questions, search, service=client, group_size=2, **settings)
+            groups = await sr.rollout(
+                questions, search, service=client, **tiny_world.given(sr.RolloutConfig, settings, group_size=2)
+            )
             assert len(groups) == 1
             with pytest.raises(ModelError, match="does not offer 'openai/gpt-oss-20b'"):
-                await sr.rollout(questions, search, service=client, model="openai/gpt-oss-20b", **settings)
+                await sr.rollout(
+                    questions,
+                    search,
+                    service=client,
+                    **tiny_world.given(sr.RolloutConfig, settings, model="openai/gpt-oss-20b"),
+                )
 
 
 async def test_a_service_without_the_family_needs_a_named_model(

@@ -64,11 +64,13 @@ class World:
         settings: dict[str, Any] = {
             "service": self.gateway.url, "model": MODEL, "tokenizer": str(self.folder / "tokenizer"), "steps": 3,
             "group_size": 4, "groups_per_batch": 2, "minibatches": 1, "drop_constant_groups": False, "max_tokens": 64,
-            "progress": False, "emit": self.emit,
+            "progress": False, "on_event": self.emit,
         }  # fmt: skip
         questions = [sr.Question(f"q{i}", f"Who wrote book {i}?", ("Austen",)) for i in range(8)]
         search = tiny_world.make_search(self.folder / "index")
-        return sr.train(questions, search, out_dir=self.folder / "run", **(settings | changes))
+        return sr.train(
+            questions, search, out_dir=self.folder / "run", **tiny_world.given(sr.TrainConfig, settings | changes)
+        )
 
     def switch_after(self, step: int, mode: Mode) -> None:
         """Once that step is on disk."""

@@ -58,7 +58,12 @@ def refused_url() -> str:
 
 def start(search: sr.Search, out_dir: Path, questions: Any = None, **changes: Any) -> sr.Run:
     settings = tiny_world.SETTINGS | {"model": str(tiny_world.model_folder())} | changes
-    return sr.train(questions or tiny_world.make_questions()[0], search, out_dir=out_dir, steps=1, **settings)
+    return sr.train(
+        questions or tiny_world.make_questions()[0],
+        search,
+        out_dir=out_dir,
+        **tiny_world.given(sr.TrainConfig, settings, steps=1),
+    )
 
 
 def write_rows(path: Path, *rows: dict[str, Any]) -> Path:
@@ -172,7 +177,11 @@ async def test_an_unknown_model_is_refused_first(search: sr.Search, tmp_path: Pa
     with pytest.raises(sr.errors.ConfigurationError, match="no-such-model"):
         await start(search, tmp_path / "run", model=str(tmp_path / "no-such-model"))
     with pytest.raises(sr.errors.ModelError, match="no-such-model"):
-        await sr.evaluate(tiny_world.make_questions()[1], search, model="no-such-model", **tiny_world.PLAYING)
+        await sr.evaluate(
+            tiny_world.make_questions()[1],
+            search,
+            **tiny_world.given(sr.EvalConfig, tiny_world.PLAYING, model="no-such-model"),
+        )
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "index").exists()
     assert tiny_world.service_processes() == []

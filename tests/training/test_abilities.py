@@ -170,7 +170,7 @@ async def test_a_resumed_run_keeps_its_loss(tmp_path: Path) -> None:
 async def test_the_deprecated_setting_warns(tmp_path: Path) -> None:
     search = sr.Search.local([sr.Passage("1", "", "text")], embedder=HashingEmbedder())
     with pytest.warns(DeprecationWarning, match='use weights_in_flight="inflight"'), pytest.raises(ConfigurationError):
-        sr.train([], search, out_dir=tmp_path, switch_weights_in_flight=True)
+        sr.train([], search, out_dir=tmp_path, config=sr.TrainConfig(switch_weights_in_flight=True))
 
 
 def test_a_named_loss_is_the_only_candidate() -> None:

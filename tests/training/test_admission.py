@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from searchr1_async.config import LearningSettings, PipelineSettings
+from searchr1_async.config import PipelineSettings, RunLearning
 from searchr1_async.episodes.types import Episode, Group, Question, StopReason, Turn
 from searchr1_async.training.admission import Admission, Closed, drop_reason
 
@@ -25,7 +25,7 @@ GOOD, CONSTANT = group(0, 1), group(1, 1)
 def admission_of(
     pipeline: PipelineSettings, size: int, end: int = 1, *, steps: int | None = None, **more: int
 ) -> Admission:
-    learning = LearningSettings(group_size=2, groups_per_batch=size, minibatches=1, steps=steps)
+    learning = RunLearning(group_size=2, groups_per_batch=size, minibatches=1, steps=steps)
     return Admission(pipeline, learning, end, **more)
 
 

@@ -39,7 +39,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., sr.R
         settings = {"out_dir": tmp_path / "run", "reward": varied, "held_out": HELD_OUT, "evaluate_every": 1}
         settings |= tiny_world.served_settings(groups_per_batch=3) | changes
         search = tiny_world.make_search(tmp_path / "index", search_class=settings.pop("search_class", sr.Search))
-        return sr.train(tiny_world.make_questions()[0][:18], search, **settings)
+        return sr.train(tiny_world.make_questions()[0][:18], search, **tiny_world.given(sr.TrainConfig, settings))
 
     return make
 
@@ -90,7 +90,7 @@ async def on_service(path: str) -> bool:
 )
 async def test_each_evaluation_uses_its_steps_weights(start: Callable[..., sr.Run], way: dict[str, Any]) -> None:
     paths: dict[int, tuple[str, ...]] = {}
-    run = start(steps=3, evaluate_every=1, emit=lambda event: look(event), **way)
+    run = start(steps=3, evaluate_every=1, on_event=lambda event: look(event), **way)
 
     def look(event: Event) -> None:
         paths.update({one.step: one.paths for one in run.checkpoints if not one.for_good})
@@ -120,7 +120,7 @@ async def test_training_continues_during_an_evaluation(start: Callable[..., sr.R
             held.opened.set()
 
     with anyio.fail_after(150):
-        result = await start(steps=4, evaluate_every=2, reward=held, emit=emit)
+        result = await start(steps=4, evaluate_every=2, reward=held, on_event=emit)
     assert [evaluation.label for evaluation in result.evaluations] == ["untrained", "step 2", "after RL"]
     named = [(event.phase, event.label) for event in events if isinstance(event, PhaseStarted)]
     assert named[1:] == [("evaluate", "untrained"), ("train", ""), ("evaluate", "step 2"), ("evaluate", "after RL")]
@@ -144,7 +144,7 @@ async def test_training_waits_for_late_evaluations_and_says_why(start: Callable[
             held.opened.set()
 
     with anyio.fail_after(150):
-        result = await start(steps=6, reward=held, emit=emit)
+        result = await start(steps=6, reward=held, on_event=emit)
     assert held.opened.is_set()
     assert [evaluation.step for evaluation in result.evaluations] == [0, 1, 2, 3, 4, 5, 6]
 
@@ -183,7 +183,7 @@ async def test_a_stop_during_an_evaluation_keeps_its_weights(
 @pytest.mark.slow
 async def test_only_the_best_weights_are_kept(start: Callable[..., sr.Run]) -> None:
     paths: dict[int, tuple[str, ...]] = {}
-    run = start(steps=4, keep_best=True, checkpoint_every=2, emit=lambda event: look(event))
+    run = start(steps=4, keep_best=True, checkpoint_every=2, on_event=lambda event: look(event))
 
     def look(event: Event) -> None:
         paths.update({one.step: one.paths for one in run.checkpoints})
@@ -274,7 +274,7 @@ async def test_in_flight_weights_are_evaluated_before_they_change(start: Callabl
     replace(point, sampler_path=None, sampler_step=None).save(tmp_path / "run")
     (tmp_path / "run" / "checkpoints.json").unlink()
     events: list[Event] = []
-    run = start(steps=3, weights_in_flight="inflight", resume=True, emit=events.append)
+    run = start(steps=3, weights_in_flight="inflight", resume=True, on_event=events.append)
     await run
     assert {"step 1", "step 2", "after RL"} <= steps_measured(run).keys()
     measured = next(

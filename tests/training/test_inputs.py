@@ -185,12 +185,14 @@ async def test_a_resume_reports_changes_and_refuses_other_held_out_answers(
             "questions": questions,
             "held_out": held_out,
             "resume": True,
-            "emit": emit,
+            "on_event": emit,
             "epochs": 9,
         }
         settings = tiny_world.served_settings(**{**given, "steps": steps, **changes})
         search = tiny_world.make_search(tmp_path / "index")
-        await sr.train(settings.pop("questions"), search, out_dir=tmp_path / "run", **settings)
+        await sr.train(
+            settings.pop("questions"), search, out_dir=tmp_path / "run", **tiny_world.given(sr.TrainConfig, settings)
+        )
 
     def changes() -> list[str]:
         found = [text.partition("the previous one: ")[2] for text in told if "different input" in text]

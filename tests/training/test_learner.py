@@ -41,7 +41,7 @@ class World:
         options = {name: settings.pop(name) for name in ("weights_in_flight", "base") if name in settings}
         client = await self.service.create_lora_training_client(str(model_folder()), rank=4, seed=7)
         events: list[Event] = []
-        learning = LearningSettings(**{"groups_per_batch": 64, "learning_rate": RATE} | settings)
+        learning = LearningSettings(**{"learning_rate": RATE} | settings)
         return Learner(client, learning, events.append, **options), events
 
     async def logprobs(self, client: tinker.SamplingClient) -> np.ndarray:

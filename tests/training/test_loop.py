@@ -34,7 +34,9 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., sr.R
     def make(questions: int = 12, **changes: Any) -> sr.Run:
         settings = {"out_dir": tmp_path / "run", "reward": varied} | tiny_world.served_settings(**changes)
         search = tiny_world.make_search(tmp_path / "index", search_class=settings.pop("search_class", sr.Search))
-        return sr.train(tiny_world.make_questions()[0][:questions], search, **settings)
+        return sr.train(
+            tiny_world.make_questions()[0][:questions], search, **tiny_world.given(sr.TrainConfig, settings)
+        )
 
     return make
 
@@ -49,7 +51,7 @@ def assert_every_question_once(run: sr.Run, questions: int) -> pl.DataFrame:
 
 async def test_a_synchronous_step_trains_after_its_whole_rollout(start: Callable[..., sr.Run]) -> None:
     events: list[Event] = []
-    await start(steps=1, synchronous=True, minibatches=3, emit=events.append)
+    await start(steps=1, synchronous=True, minibatches=3, on_event=events.append)
     kinds = [type(event) for event in events if isinstance(event, GroupFinished | MinibatchSubmitted)]
     assert kinds == [GroupFinished] * 6 + [MinibatchSubmitted] * 3
 
@@ -68,7 +70,7 @@ async def test_streaming_trains_during_the_last_group(start: Callable[..., sr.Ru
         if isinstance(event, MinibatchSubmitted):
             sent.set()
 
-    run = start(questions=6, epochs=1, reward=reward, emit=emit)
+    run = start(questions=6, epochs=1, reward=reward, on_event=emit)
     with anyio.fail_after(150):
         assert (await run).steps == 1
     assert assert_every_question_once(run, 6)["trained"].all()
@@ -80,7 +82,7 @@ async def test_with_staleness_the_next_batch_overlaps_training(start: Callable[.
         questions=24,
         epochs=1,
         max_staleness=1,
-        emit=lambda event: notices.append(event.text) if isinstance(event, Notice) else None,
+        on_event=lambda event: notices.append(event.text) if isinstance(event, Notice) else None,
     )
     assert (await run).steps == 4
     groups = assert_every_question_once(run, 24)
@@ -117,7 +119,7 @@ async def test_running_episodes_keep_their_client_while_the_service_moves_its_we
             stepped.set()
 
     settings: dict[str, Any] = {"max_staleness": 1, "weights_in_flight": "inflight", "warm_up": tiny_world.WARM_UP}
-    run = start(epochs=1, group_size=8, search_class=Slow, emit=emit, **settings)
+    run = start(epochs=1, group_size=8, search_class=Slow, on_event=emit, **settings)
     with anyio.fail_after(300):
         await run
     # A turn is labelled with the weights at its episode's start, so the age is an upper bound.
@@ -130,7 +132,7 @@ async def test_running_episodes_keep_their_client_while_the_service_moves_its_we
 
 async def test_groups_that_waited_too_long_use_the_fallback_loss(start: Callable[..., sr.Run]) -> None:
     """A run paused overnight continues: the service has forgotten the sequences, and nothing is lost."""
-    run = start(questions=12, epochs=1, max_staleness=1, emit=lambda event: night(event))
+    run = start(questions=12, epochs=1, max_staleness=1, on_event=lambda event: night(event))
     now = 0.0
     run.control.wall_clock = lambda: now
     finished = 0
@@ -211,7 +213,7 @@ async def test_an_empty_batch_makes_no_optimiser_step_and_says_so(start: Callabl
         return 0.5
 
     events: list[Event] = []
-    run = start(steps=2, reward=reward, emit=events.append)
+    run = start(steps=2, reward=reward, on_event=events.append)
     assert (await run).steps == 2
     assert run.metrics["optim/steps"].to_list() == [0, 0]
     assert run.metrics["groups/trained"].to_list() == [0, 0]
@@ -237,7 +239,7 @@ async def test_a_resumed_run_does_not_repeat_finished_groups(start: Callable[...
         if isinstance(event, StepFinished) or len(played) >= 9:
             stopped.set()
 
-    settings: dict[str, Any] = {"questions": 18, "epochs": 1, "max_staleness": staleness, "emit": emit}
+    settings: dict[str, Any] = {"questions": 18, "epochs": 1, "max_staleness": staleness, "on_event": emit}
     run = start(**settings)
     await stopped.wait()
     first = await run.stop()
@@ -246,7 +248,10 @@ async def test_a_resumed_run_does_not_repeat_finished_groups(start: Callable[...
     done = set(run.groups().collect()["question_id"])
     assert len(done) == 6 * first.steps
     notices: list[str] = []
-    settings["emit"] = lambda event: (emit(event), notices.append(event.text) if isinstance(event, Notice) else None)
+    settings["on_event"] = lambda event: (
+        emit(event),
+        notices.append(event.text) if isinstance(event, Notice) else None,
+    )
     again = start(resume=True, **settings)
     assert (await again).steps == 3
     assert_every_question_once(again, 18)
@@ -305,7 +310,9 @@ async def test_a_service_that_fails_every_episode_stops_even_a_short_run(start: 
         nonlocal is_learning
         is_learning = is_learning or (isinstance(event, PhaseStarted) and event.phase == "train")
 
-    run = start(questions=4, epochs=1, groups_per_batch=50, search_class=Broken, emit=emit, warm_up=tiny_world.WARM_UP)
+    run = start(
+        questions=4, epochs=1, groups_per_batch=50, search_class=Broken, on_event=emit, warm_up=tiny_world.WARM_UP
+    )
     with pytest.raises(sr.errors.TooManyFailuresError, match="of 16 episodes failed"):
         await run
 
@@ -318,7 +325,7 @@ async def test_an_interrupted_evaluation_runs_after_the_resume(start: Callable[.
             measuring.set()
 
     settings: dict[str, Any] = {"steps": 2, "held_out": tiny_world.make_questions()[1][:4], "evaluate_every": 1}
-    run = start(emit=emit, **settings)
+    run = start(on_event=emit, **settings)
     await measuring.wait()
     await run.stop()
     result = await start(resume=True, **settings)
@@ -335,7 +342,12 @@ async def test_a_stop_cancels_index_building(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setenv("TINKER_API_KEY", tiny_world.shared_service().api_key)
     search = tiny_world.make_search(tmp_path / "index", embedder=Endless())
-    run = sr.train(tiny_world.make_questions()[0], search, out_dir=tmp_path / "run", **tiny_world.served_settings())
+    run = sr.train(
+        tiny_world.make_questions()[0],
+        search,
+        out_dir=tmp_path / "run",
+        **tiny_world.given(sr.TrainConfig, tiny_world.served_settings()),
+    )
     with anyio.fail_after(150):
         await building.wait()
         result = await run.stop()

@@ -34,7 +34,11 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., sr.R
     def make(**changes: Any) -> sr.Run:
         settings = {"steps": 1, "out_dir": tmp_path / "run"} | tiny_world.served_settings(**changes)
         search = settings.pop("search", None) or tiny_world.make_search(tmp_path / "index")
-        return sr.train(settings.pop("questions", tiny_world.make_questions()[0]), search, **settings)
+        return sr.train(
+            settings.pop("questions", tiny_world.make_questions()[0]),
+            search,
+            **tiny_world.given(sr.TrainConfig, settings),
+        )
 
     return make
 
@@ -67,7 +71,7 @@ async def test_streamed_minibatches_give_the_same_weights_as_one_batch(
     for minibatches in (1, 4):
         events: list[Event] = []
         settings: dict[str, Any] = {"minibatches": minibatches, "synchronous": minibatches == 1, "first_turn": "shared"}
-        run = start(out_dir=tmp_path / f"run-{minibatches}", reward=reward, emit=events.append, **settings)
+        run = start(out_dir=tmp_path / f"run-{minibatches}", reward=reward, on_event=events.append, **settings)
         result = await run
         assert result.checkpoint is not None
         sent[minibatches] = sum(isinstance(event, MinibatchSubmitted) for event in events)
@@ -107,7 +111,7 @@ async def test_a_failed_search_stops_the_run(start: Callable[..., sr.Run], tmp_p
             embedder.is_down = True
 
     settings: dict[str, Any] = {"search": search, "warm_up": warm_up, "steps": 3}
-    run = start(emit=emit, **settings)
+    run = start(on_event=emit, **settings)
     with pytest.raises(sr.errors.SearchUnavailableError, match=r"hashed words has been down for .*the line is dead"):
         await run
     assert run.metrics["step"].to_list() == [1]
@@ -162,7 +166,7 @@ async def test_a_full_disk_is_reported_and_the_run_resumes(
                 patch.setattr(*target, full_disk)
 
         with pytest.raises(sr.errors.CheckpointError, match="No space left"):
-            await start(steps=3, emit=emit)
+            await start(steps=3, on_event=emit)
     point = ResumePoint.load(tmp_path / "run")
     assert point is not None
     assert point.step == 1
@@ -217,7 +221,7 @@ async def test_a_stopped_warm_up_resumes(start: Callable[..., sr.Run], tmp_path:
             if isinstance(event, PhaseAdvanced) and event.phase == "warm-up" and event.done == stop_after:
                 run.request_stop()
 
-        run = start(out_dir=tmp_path / name, emit=emit, **settings)
+        run = start(out_dir=tmp_path / name, on_event=emit, **settings)
         return run
 
     result = await begin("stopped", 2)

@@ -148,7 +148,9 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., sr.R
         settings = tiny_world.served_settings(steps=1, learning_rate=1e-5, lora_rank=None) | changes
         questions, held_out = tiny_world.make_questions()
         search = tiny_world.make_search(tmp_path / "index")
-        return sr.train(questions, search, out_dir=tmp_path / name, held_out=held_out, **settings)
+        return sr.train(
+            questions, search, out_dir=tmp_path / name, held_out=held_out, **tiny_world.given(sr.TrainConfig, settings)
+        )
 
     return make
 
@@ -163,7 +165,7 @@ def warmed_up(tmp_path_factory: pytest.TempPathFactory) -> sr.runs.RecordedRun:
         questions, held_out = tiny_world.make_questions()
         search = tiny_world.make_search(folder / "index")
         settings |= {"held_out": held_out, "warm_up": tiny_world.WARM_UP}
-        await sr.train(questions, search, out_dir=folder / "first", **settings)
+        await sr.train(questions, search, out_dir=folder / "first", **tiny_world.given(sr.TrainConfig, settings))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TINKER_API_KEY", tiny_world.shared_service().api_key)
@@ -177,7 +179,7 @@ async def test_a_run_starts_where_another_ended(
     shutil.copytree(warmed_up.out_dir, tmp_path / "first")
     first = warmed_up.result
     events: list[Any] = []
-    settings = {"start_from": tmp_path / "first", "emit": events.append}
+    settings = {"start_from": tmp_path / "first", "on_event": events.append}
     second = train("second", **settings)
     result = await second
     before, after = first.evaluations[-1], result.evaluations[0]
@@ -228,11 +230,16 @@ async def test_an_embedded_run_starts_from_another_embedded_runs_folder(tmp_path
     }
     settings |= {"model": str(tiny_world.model_folder()), "lora_rank": 4}
     search = tiny_world.make_search(tmp_path / "index")
-    first = sr.train(questions, search, out_dir=tmp_path / "first", warm_up=tiny_world.WARM_UP, **settings)
+    first = sr.train(
+        questions,
+        search,
+        out_dir=tmp_path / "first",
+        **tiny_world.given(sr.TrainConfig, settings, warm_up=tiny_world.WARM_UP),
+    )
     await first
     settings |= {"lora_rank": None, "start_from": f"{tmp_path / 'first'}@1"}
     search = tiny_world.make_search(tmp_path / "index")
-    second = sr.train(questions, search, out_dir=tmp_path / "second", **settings)
+    second = sr.train(questions, search, out_dir=tmp_path / "second", **tiny_world.given(sr.TrainConfig, settings))
     assert (await second).steps == 1
     assert second.settings["learning"]["lora_rank"] == 4
     point = ResumePoint.load(tmp_path / "second")

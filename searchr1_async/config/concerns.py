@@ -1,0 +1,437 @@
+"""Settings by concern: frozen values, checked when created. Each field states its unit, its default and why.
+
+Defaults are those of the Search-R1 recipe of tinker-cookbook. ``metadata={"flat": name}`` is a field's name where settings are
+written flat; see :class:`searchr1_async.config.configs.Config`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from searchr1_async.boundary.paths import absolute_path, as_name_or_folder
+from searchr1_async.boundary.settings import (
+    Count,
+    Natural,
+    NotNegative,
+    Positive,
+    Range,
+    Seconds,
+    Share,
+    as_text,
+    check_settings,
+)
+from searchr1_async.errors import ConfigurationError
+from searchr1_async.models import Price, Thinking
+
+LossName = Literal["importance_sampling", "ppo", "cispo", "dro", "gspo", "stable_reinforce"]
+WeightsInFlight = Literal["snapshot", "inflight"]
+AdvantageName = Literal["centred", "scaled", "leave_one_out"]
+NormalizationName = Literal["token", "sequence"]
+ScheduleName = Literal["constant", "linear", "cosine"]
+FirstTurn = Literal["auto", "shared", "split"]
+Method = Literal["search", "direct", "rag", "recipe"]
+"""Prompting method.
+
+- ``search``: multi-turn, with the search tool.
+- ``direct``: without a tool; one turn, from the model's own knowledge.
+- ``rag``: plain retrieval-augmented generation: one search for the question itself, with its passages in the prompt; one turn.
+- ``recipe``: with the search tool and the original recipe's prompt (``tinker_cookbook.recipes.search_tool``), verbatim from
+  the installed package. Requires the format ``hermes``.
+"""
+TINKER_PATH = "tinker://"
+
+MAX_SERVICE_OUTAGE = 3600.0
+"""Seconds that work waits for a Tinker service that does not answer."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigurationError(message)
+
+
+def as_model(name: str, value: Any) -> str:
+    """A model's name as given, which only a service can judge; a ``Path`` as the absolute path of its folder."""
+    if isinstance(value, Path):
+        return str(absolute_path(value, name))
+    if not (text := as_text(name, value)).strip():
+        raise ConfigurationError(f"{name} is {value!r}: pass a name, or leave it out")
+    return text
+
+
+def as_weights(name: str, value: Any) -> str | Path:
+    """A ``tinker://`` path unchanged, a run as its folder, a folder as an absolute path."""
+    if isinstance(value, str) and value.startswith(TINKER_PATH):
+        return value
+    return absolute_path(getattr(value, "out_dir", value), name)
+
+
+def _weights_text(name: str, value: Any) -> str:
+    return str(as_weights(name, value))
+
+
+class Checked:
+    """A dataclass whose fields are checked by their annotations."""
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSettings(Checked):
+    """The base model."""
+
+    name: Annotated[str, as_model] | None = field(default=None, metadata={"flat": "model"})
+    """As the service names it, or on the embedded service a folder. None: SmolLM2-135M-Instruct on the embedded service, elsewhere
+    Qwen3.5-4B or the nearest model of its family that the service offers. With a run's weights: the run's. A named model that the
+    service does not offer is refused before any work starts."""
+    tokenizer: Annotated[str, as_name_or_folder] | None = None
+    """A name or folder. None: the run's, else the model's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeLimits:
+    """Limits of one episode.
+
+    Raises:
+        ConfigurationError: a limit is below 1, or ``max_trajectory_tokens`` leaves no room for a turn.
+    """
+
+    max_turns: Count = 5
+    """Sampled turns per episode; a search call in the last turn is not run."""
+    max_tokens: Count = 1024
+    """Sampled tokens per turn."""
+    max_trajectory_tokens: Count = 32 * 1024
+    """Tokens of the whole episode; a turn starts only if ``max_tokens`` more would fit."""
+    max_queries_per_call: Count = 20
+    """Queries per search call; a call with more is malformed."""
+    malformed_calls: Literal["end", "tell"] = "end"
+    """On a malformed call, ``end`` the episode (the recipe) or ``tell`` the model the error and continue (Search-R1)."""
+    max_seconds: Seconds | None = None
+    """Wall-clock seconds per episode, queueing included; None: no limit. An episode cut by it is never trained on, which biases
+    training towards short episodes: set it far out in the tail. Counted in ``env/all/stop/time_limit``."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        _require(
+            self.max_trajectory_tokens > self.max_tokens,
+            f"max_trajectory_tokens ({self.max_trajectory_tokens}) must be over max_tokens ({self.max_tokens}): "
+            "no turn would fit",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpisodeSettings(Checked):
+    """How an episode is prompted and limited. None leaves a setting open: see :meth:`completed_by`.
+
+    In a training run, open sizes follow the service (:mod:`searchr1_async.config.sizes`); the rest is the recipe's. With a run's
+    weights, open settings are the run's own.
+
+    Raises:
+        ConfigurationError: as :class:`EpisodeLimits`.
+    """
+
+    format: str | None = None
+    """Tool-call format: ``hermes`` (the default) or ``tags``."""
+    renderer: str | None = None
+    """Chat format, of the ``renderers`` package or ``chatml``. None: the model's own, by its name, or ChatML if its chat template
+    is ChatML; other models are refused."""
+    thinking: Thinking = None
+    """True, False, or an effort such as ``low``, as far as the chat format supports it. None: off if possible, else the lowest
+    effort. ``template``: the chat template's default."""
+    instructions: str | None = None
+    """The system prompt. None: the format's own."""
+    max_turns: Count | None = None
+    """Sampled turns per episode. Default: 5; on the embedded service 3."""
+    max_tokens: Count | None = None
+    """Sampled tokens per turn. Default: 1024; on the embedded service 64."""
+    max_trajectory_tokens: Count | None = None
+    """Tokens of the whole episode. Default: 32768; on the embedded service 4096."""
+    max_queries_per_call: Count | None = None
+    """Queries per search call. Default: 20."""
+    malformed_calls: Literal["end", "tell"] | None = None
+    """On a malformed call, ``end`` the episode (the default, as in the recipe) or ``tell`` the model and continue."""
+    max_seconds: Seconds | None = field(default=None, metadata={"flat": "episode_time_limit"})
+    """Seconds per episode; see :attr:`EpisodeLimits.max_seconds`. None: no limit."""
+
+    def completed_by(self, other: EpisodeSettings) -> Self:
+        """These settings, with open ones taken from the other."""
+        mine = {name: value for name, value in asdict(self).items() if value is not None}
+        names = {each.name for each in fields(self)}
+        return replace(self, **{name: value for name, value in asdict(other).items() if name in names} | mine)
+
+    @property
+    def format_name(self) -> str:
+        """The tool-call format, with the recipe's default."""
+        return "hermes" if self.format is None else self.format
+
+    @property
+    def limits(self) -> EpisodeLimits:
+        """The limits, with the recipe's defaults for open ones; checks them together."""
+        chosen = {each.name: getattr(self, each.name) for each in fields(EpisodeLimits)}
+        return EpisodeLimits(**{name: value for name, value in chosen.items() if value is not None})
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingSettings(Checked):
+    """How turns are sampled."""
+
+    temperature: NotNegative = 1.0
+    """1 samples from the policy itself, as the losses assume; 0 is greedy (evaluation)."""
+    seed: int | None = None
+    """Each request's seed is derived from this, the question, the group member and the turn; None: the service chooses."""
+    deadline: Seconds = field(default=1800.0, metadata={"flat": "sampling_deadline"})
+    """Seconds per turn, queueing at the service and retries included; then the episode fails."""
+    max_episodes_in_flight: Count = 4096
+    """Episodes in flight over all processes, which bounds memory (at most 60 KB each). How many of them sample at once adapts
+    to the service."""
+    first_turn: FirstTurn = "auto"
+    """Sample a group's first turns with one request for all members (``shared``: less client CPU, but every member waits for the
+    slowest), one request per member (``split``), or whichever measures cheaper (``auto``)."""
+    workers: Count | Literal["auto"] = 1
+    """Rollout processes. 1: this one. 2 or more: that many workers (0.4 GB each), and this process only searches, scores and
+    trains. ``auto``: starts with this process and adds workers, up to the number of cores, while all are CPU-bound."""
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineSettings:
+    """How rollout and training overlap.
+
+    A batch is ``groups_per_batch`` groups, in the order they finish. With ``max_staleness`` k, a group that started with the
+    weights after v optimiser batches is trained on in batch v + 1 + k at the latest: that batch waits for it, and no group
+    starts that could be later. So no finished group is discarded as stale.
+    """
+
+    max_staleness: Natural = 0
+    """How many batches old the weights a group was sampled from may be. 0 is on-policy: nothing samples while the optimiser
+    steps. From 1 on, the next batch's episodes start while the last ones finish and while the trainer works."""
+    synchronous: bool = False
+    """Train only once the whole batch is rolled out, as in a plain loop; the gradient is the same as with streaming."""
+    weights_in_flight: WeightsInFlight = "snapshot"
+    """``snapshot``: an episode keeps the weights it started with. ``inflight``: running episodes switch to new weights as they
+    are published and keep their key/value cache; every token keeps the log-probability it was sampled with, so importance
+    ratios stay exact. The service does not report which weights sampled a token, so versions and staleness are those of the
+    episode's start: an upper bound. With ``max_staleness=0`` nothing is published while episodes run, and both are the same."""
+    spare_groups: Natural = 0
+    """Extra groups started per batch. Once the batch is full, up to this many of its slowest groups are cancelled and dropped as
+    ``too_slow``. Biases training towards questions with short episodes."""
+    refill_groups: Natural = 0
+    """Extra groups per batch, rolled out to replace groups whose rewards are all equal (dynamic sampling: Yu et al., 2025,
+    "DAPO"). Biases training towards questions of medium difficulty, on purpose."""
+    min_members: Annotated[int, Range(at_least=2)] = 2
+    """Finished episodes a group needs to be trained on, at least 2 for an advantage; with fewer it is dropped as
+    ``too_few_episodes``. A group cut by ``step_time_limit`` is trained on without its slowest, which biases it to short episodes."""
+    step_time_limit: Seconds | None = None
+    """Seconds to roll out a batch, counted from when its weights are published. Groups still running then are cut: trained on
+    with the members they have, or dropped as ``step_time_limit``. None: no limit."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        _require(
+            not (self.synchronous and self.max_staleness),
+            "synchronous learning is on-policy: choose max_staleness=0, or synchronous=False",
+        )
+
+    @property
+    def is_off_policy(self) -> bool:
+        """Groups may be sampled from older or changing weights."""
+        return self.max_staleness > 0 or self.weights_in_flight == "inflight"
+
+
+@dataclass(frozen=True, slots=True)
+class WarmUp:
+    """Supervised warm-up on demonstrations before reinforcement learning.
+
+    A demonstration is a scripted episode (ideal searches, then the answer) run through the real search. Only those whose
+    passages contain a golden answer are trained on, so the model does not learn to guess.
+    """
+
+    steps: Count = 8
+    """Optimiser steps."""
+    batch_size: Count = 16
+    """Demonstrations per step. 6 to 15 steps of 16 taught a 135M model 95 to 99 % valid calls."""
+    learning_rate: Positive = 1e-3
+    """Peak, with linear decay to a tenth."""
+
+    def __post_init__(self) -> None:
+        check_settings(self, "the warm-up's ")
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSettings:
+    """What a batch consists of. None: chosen by the service, or the run's own on a resume (:mod:`searchr1_async.config.sizes`)."""
+
+    group_size: Annotated[int, Range(at_least=2)] | None = None
+    """Episodes per question, at least 2: advantages are centred over them. Default: 8."""
+    groups_per_batch: Count | None = None
+    """Questions per batch. Default: 512; on the embedded service 8."""
+    minibatches: Count | None = None
+    """Parts of a batch, equal in tokens, sent to the trainer as their groups finish (streaming). More are sent if the trainer
+    would be idle. Default: 4, or ``groups_per_batch`` if less."""
+    drop_constant_groups: bool = True
+    """Leave out groups whose rewards are all equal: their advantages are 0."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        _require_no_more("minibatches", self.minibatches, self.groups_per_batch)
+
+
+def _require_no_more(name: str, value: int | None, groups_per_batch: int | None) -> None:
+    if value is not None and groups_per_batch is not None:
+        _require(value <= groups_per_batch, f"{name} ({value}) must not exceed groups_per_batch ({groups_per_batch})")
+
+
+@dataclass(frozen=True, slots=True)
+class LengthSettings(Checked):
+    """When a run ends. A resume may change it."""
+
+    steps: Count | None = None
+    """Batches to train. None: all batches of ``epochs``, the last partial one included; on the embedded service at most 12 unless
+    ``epochs``, ``groups_per_batch`` or ``time_limit`` is given."""
+    epochs: Count | None = None
+    """Passes over the questions if ``steps`` is None; each is shuffled with the seed and its number. Default: 1."""
+    time_limit: Seconds | None = None
+    """Seconds of reinforcement learning after which no further step starts. A running evaluation finishes, a waiting one is
+    skipped, and the last weights are evaluated. None: no limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOutSettings(Checked):
+    """Evaluation on held-out questions during a run. A resume may change it."""
+
+    held_out_samples: Count = 1
+    """Episodes per held-out question."""
+    evaluate_every: Count | None = None
+    """Steps between evaluations beside training, at lower priority. Training waits only if three have not started, and at its
+    end. A step's search and sample metrics include them. None: evaluate only before training, after the warm-up and at the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSettings(Checked):
+    """Which weights are kept. A resume may change it."""
+
+    checkpoint_every: Count = 20
+    """Steps between permanent checkpoints; the resume point is also written after every step."""
+    keep_best: bool = False
+    """Keep the weights with the highest exact match of all evaluated steps (the earliest on a tie), beside those of
+    ``checkpoint_every``; see ``result.best``. They are selected on the held-out questions, which biases their score upwards: report
+    them on other questions."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringSettings(Checked):
+    """Settings of the recipe's reward; unused with a reward of your own."""
+
+    strict_recipe: bool = False
+    """Score exactly as the original recipe: its answer rule on the last turn's text, "Answer:" format only."""
+    format_coefficient: float = 0.1
+    """Penalty of an episode without a readable answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class FaultSettings(Checked):
+    """Which faults are tolerated. A resume may change it."""
+
+    max_failed_fraction: Share = 0.2
+    """Fraction of failed episodes, per batch or in all, above which the work stops: a service is broken, and the rest would be
+    biased."""
+    max_service_outage: Seconds = MAX_SERVICE_OUTAGE
+    """Seconds to wait for a Tinker service that does not answer. An outage is reported within 15 s and pauses the work and all its
+    time limits; past this limit the work ends, a run with its resume point."""
+
+
+@dataclass(frozen=True, slots=True)
+class CostSettings(Checked):
+    """What a run may cost. A resume may change it."""
+
+    max_cost: float | None = None
+    """US dollars, earlier sessions of the run included. No step starts that would exceed it, assuming it costs as much as the most
+    expensive so far (the first: as estimated) plus the final evaluation; the run then ends with its resume point. Evaluations before
+    the first step, the warm-up, and questions asked of the run are counted but not limited. None: no limit. The embedded service
+    costs nothing."""
+    price: Price | None = None
+    """US dollars per million tokens, if the price table lacks the model or the service is not Tinker's."""
+
+
+@dataclass(frozen=True, slots=True)
+class SelectionSettings(Checked):
+    """Which questions of the suites are asked, and how often."""
+
+    split: str | None = None
+    """Split of every suite. None: the conventional one."""
+    limit: Count | None = None
+    """Maximum number of questions per suite."""
+    question_seed: int = 0
+    """Selects the questions under ``limit``, identically on every machine; larger limits include smaller ones."""
+    samples: Count = 1
+    """Episodes per question; more narrow the interval and allow pass@k."""
+
+
+@dataclass(frozen=True, slots=True)
+class LearningSettings(Checked):
+    """How groups become optimiser steps."""
+
+    optimizer_steps: Count = 1
+    """Optimiser steps per batch, each on an equal share of its groups in the order they finished (``num_substeps`` of
+    tinker-cookbook); the k-th learns from weights k - 1 steps old."""
+    learning_rate: Positive = 4e-5
+    """Peak learning rate."""
+    schedule: ScheduleName = "constant"
+    """Learning rate over all batches: constant (the recipe), or linear or half-cosine decay to 0."""
+    schedule_warmup: Natural = 0
+    """Batches of linear learning-rate warm-up."""
+    lora_rank: Count | None = None
+    """Rank of the adapter. None: that of ``start_from``, else 32."""
+    start_from: Annotated[str, _weights_text] | None = None
+    """Weights to start from, with a new optimizer: another run's folder (its last kept weights, or ``runs/first@best`` or
+    ``runs/first@40`` for a step), a ``tinker://RUN/weights/NAME`` path or, on the embedded service, a PEFT adapter's folder. They set
+    the rank and, without ``model``, the base model. The KL penalty still is towards the base model. A resume must pass the same
+    value, but the weights need not exist any more."""
+    beta1: Share = 0.9
+    beta2: Share = 0.95
+    epsilon: Positive = 1e-8
+    gradient_clip: NotNegative = 0.0
+    """Maximum global gradient norm; 0 is off (the recipe)."""
+    loss: LossName | None = None
+    """A loss of the service, or None to choose, which the run reports: ``importance_sampling`` on-policy (the recipe);
+    off-policy (``max_staleness`` above 0 or ``inflight`` weights) ``stable_reinforce`` if the service has it, else the clipped
+    ``ppo``. With ``loss_config``, or when only ``optimizer_steps`` is above 1, ``ppo``. Off-policy, the importance ratio is
+    unbounded in the unclipped loss and a few tokens could dominate a step (Schulman et al., 2017, "Proximal Policy Optimization
+    Algorithms"). A resumed run keeps its loss.
+
+    ``stable_reinforce`` accepts only samples recorded in the same session less than a day ago. Groups that finished before a
+    resume, or more than 20 hours before training, are therefore trained on with ``ppo`` in the same optimiser step, with an
+    extra request per mixed minibatch. ``optim/fallback_datums`` counts them."""
+    loss_config: Mapping[str, float] = field(default_factory=dict)
+    """Passed to the service with the loss (``clip_low_threshold``, …); not to the ``ppo`` fallback of ``stable_reinforce``."""
+    advantage: AdvantageName = "centred"
+    """``centred``: ``reward - mean`` of the group (the recipe). ``scaled``: divided by the group's standard deviation (GRPO).
+    ``leave_one_out``: minus the mean of the other members (RLOO)."""
+    normalization: NormalizationName = "token"
+    """``token``: every sampled token of a batch has equal weight (the recipe). ``sequence``: every episode has equal weight,
+    shared by its tokens."""
+    kl_coefficient: NotNegative = 0.0
+    """Coefficient of a per-token KL penalty towards the base model, added to the advantages; 0 is off. Costs one request per episode."""
+    training_deadline: Seconds = 3600.0
+    """Seconds one step's training calls may take, longer while the service reports a capacity pause. Time in which the service
+    does not answer counts towards ``max_service_outage`` instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalOptions(Checked):
+    """Options of the embedded Tinker service."""
+
+    port: Annotated[int, Range(at_least=0, at_most=65_535)] = 0
+    """0: any free port."""
+    threads: Count | None = None
+    """CPU threads of the model; None: all cores."""
+    dtype: str = "auto"
+    """``float32``, ``bfloat16`` or ``auto``: bfloat16 where the machine runs it fast."""
+    device: str = "auto"
+    """``cpu``, ``cuda``, ``mps`` or ``auto``."""
+    start_timeout: Seconds = 180.0
+    """Seconds for loading the model; the first conversion takes about 20 s."""
