@@ -1,7 +1,4 @@
-"""Cost of tokens: fresh and cached prompt, sampled and trained tokens, each at its own price.
-
-Billed tokens by kind.
-"""
+"""Tokens by kind, and what they cost: fresh and cached prompt, sampled and trained tokens, each at its own price."""
 
 from __future__ import annotations
 

@@ -1,14 +1,8 @@
-"""The prompt of the original recipe, read from the source of the installed ``tinker_cookbook``.
+"""What a model is asked: the messages of the first prompt, by method, and the cleaning of everything untrusted in it.
 
-It is parsed rather than imported, which would load Chroma's and Google's clients, pandas and the training loop.
-
-Encodes untrusted text so that it cannot pass for markup.
-
-Prompting methods: with the search tool, and baselines.
-
-Messages of the first prompt. Pure.
-
-Cleaning of queries, applied before a call is made and again before it is sent.
+A method is the search tool with its instructions, or a baseline (``direct``, ``rag``, ``recipe``). The prompt of ``recipe`` is read from
+the source of the installed ``tinker_cookbook``: importing that would load Chroma's and Google's clients, pandas and a training loop.
+Pure, but for that reading.
 """
 
 from __future__ import annotations

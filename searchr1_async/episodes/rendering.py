@@ -1,8 +1,6 @@
-"""Chooses a model's chat format, thinking mode and renderer. Models are never rendered in a merely similar format.
+"""The chat format of a model: its renderer, its thinking mode and its tokenizer.
 
-Loads a model's tokenizer.
-
-Tokenizer with a cache for texts encoded repeatedly.
+Models are looked up in :mod:`searchr1_async.models`; one that is not known, or whose format is not, is refused.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""The inputs of an evaluation and its order of work. Pure.
+"""The inputs of an evaluation, its order of work, and the opening of its services.
 
-Opens an evaluation's services and checks that everything it needs is available.
-
-Resolves defaults of an evaluation from its earlier session or the service.
+What the caller leaves open is settled by an earlier session of the same folder, or else by the service.
 """
 
 from __future__ import annotations

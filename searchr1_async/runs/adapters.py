@@ -1,7 +1,7 @@
-"""Trained adapters: downloads one as PEFT files through signed URLs, and merges it into its base model.
+"""LoRA adapters: downloaded from a service, and merged into their base model.
 
-The merge works on one weights file at a time: W + alpha / r · B A (Hu et al. 2021, eq. 3). A tied head that the adapter changes is
-untied: the head becomes embedding plus update, the embedding is unchanged. (PEFT 0.21 also adds the head's update to the embedding.)
+Merging takes one weights file at a time: W + alpha / r · B A (Hu et al. 2021, eq. 3). A tied head that the adapter changes is untied:
+the head becomes embedding plus update, the embedding is unchanged. (PEFT 0.21 also adds the head's update to the embedding.)
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""Rolls out one question without a golden answer: no reward, no group, no record.
+"""One question to a model: :func:`ask`, the same for a run while it trains, and the :class:`Answer`.
 
-The answer to one question with its episode, with rich display in a notebook.
-
-The public function ``ask``: one question to a model.
+There is no golden answer, so there is no reward and no group, and nothing is recorded.
 """
 
 from __future__ import annotations

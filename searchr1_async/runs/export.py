@@ -1,7 +1,4 @@
-"""``export``: trained weights as a PEFT adapter or as merged weights.
-
-Uploads an exported folder to the Hugging Face hub.
-"""
+"""``export``: trained weights as a PEFT adapter or as merged weights, in a folder or on the Hugging Face hub."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Rollout without training: the watchers, service and engine of an evaluation or a plain rollout.
-
-Rolls out questions without training on them: evaluations and plain rollouts.
-"""
+"""Rollouts without training, of an evaluation or of ``rollout()``: their watchers, service, engine and means."""
 
 from __future__ import annotations
 

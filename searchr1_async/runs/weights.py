@@ -1,8 +1,7 @@
-"""How a run rolls out its episodes, so that its weights can be used the same way elsewhere.
+"""Which weights a user means, and how their run rolled out its episodes, so that they are used elsewhere as in training.
 
-Resolves which weights a user means: a run's last, best or numbered ones, a ``tinker://`` path, or the base model's.
-
-Annotations that check arguments of the public functions.
+Weights are a run's last, best or numbered ones, a ``tinker://`` path, or the base model's. The annotations at the end check the
+arguments of the public functions that take them.
 """
 
 from __future__ import annotations

@@ -1,10 +1,6 @@
-"""Base of service trackers: numbers by optimiser step, sampled episodes, warnings.
+"""Trackers of services: Weights & Biases, TensorBoard (through tensorboardX) and Trackio.
 
-Weights & Biases: curves, evaluations, tables of sampled episodes, alerts.
-
-TensorBoard: curves and texts as event files, written by tensorboardX.
-
-Trackio: curves on this machine or in a Space, with W&B's API.
+Their common base sends numbers by optimiser step, and sampled episodes.
 """
 
 from __future__ import annotations

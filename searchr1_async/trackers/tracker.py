@@ -1,8 +1,6 @@
-"""The tracker interface, and a base class with a queue and one worker thread.
+"""What a tracker is: the interface, a base class with a queue and one worker thread, and the event log.
 
-Conversion between events and JSON lines. Pure, except for reading the file.
-
-The event log: a run's events as JSON lines, always written.
+The log, ``events.jsonl``, is a tracker that is always on; events become JSON lines here, and lines events.
 """
 
 from __future__ import annotations
