@@ -45,8 +45,8 @@ _BUSY_SECONDS = 5.0
 _LOG_BYTES = 16 << 20
 _KEPT_OF_BOUND = 0.95
 """Pruning goes below the bound, so that not every put prunes."""
-_ROWS_PER_TRANSACTION = 100
-"""Bounds the log and how long other processes wait."""
+_TRANSACTION_BYTES = 1 << 20
+"""Of values per transaction: bounds the log and how long other processes wait."""
 _KEYS_PER_QUERY = 500
 _TABLE = "CREATE TABLE entries (id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, checksum INTEGER NOT NULL, value BLOB NOT NULL)"
 _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT, sqlite3.SQLITE_ERROR}
@@ -152,9 +152,11 @@ class DiskCache:
         """Stores values and prunes old ones. Values larger than a tenth of the bound are skipped."""
         hashed = zip(_hashes(namespace, items), items.values(), strict=True)
         rows = [(key, _checksum(key, value), value) for key, value in hashed if len(value) <= self._max_bytes // 10]
-        for start in range(0, len(rows), _ROWS_PER_TRANSACTION):
+        largest = max((len(value) for _, _, value in rows), default=0)
+        number = max(1, min(_TRANSACTION_BYTES, self._max_bytes // 10) // max(1, largest))
+        for start in range(0, len(rows), number):
             if self._writes:
-                part = rows[start : start + _ROWS_PER_TRANSACTION]
+                part = rows[start : start + number]
                 self._attempt(lambda connection, part=part: _write(connection, part, self._max_bytes), None)
 
     def close(self) -> None:

@@ -226,6 +226,13 @@ def test_a_smaller_bound_than_before_makes_the_file_smaller(path: Path) -> None:
     cache.close()
 
 
+def test_large_values_put_together_do_not_swell_the_log(path: Path) -> None:
+    cache = DiskCache(path, 64 * MEBIBYTE)
+    cache.put_many("n", {f"key {number}": value(number, 6 * MEBIBYTE) for number in range(8)})
+    assert path.with_name(f"{path.name}-wal").stat().st_size <= 16 * MEBIBYTE
+    cache.close()
+
+
 def test_a_value_larger_than_a_tenth_of_the_bound_is_not_kept_and_costs_no_other(path: Path) -> None:
     cache = DiskCache(path, max_bytes=MEBIBYTE)
     cache.put_many("n", {"key 0": value(0), "large": bytes(MEBIBYTE), "key 1": value(1)})
