@@ -6,13 +6,12 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
 
 import anyio
-import anyio.to_thread
 
 from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.data.corpus import CorpusSource
@@ -406,6 +405,11 @@ class Search:
             raise
         self._tally.latency.add(time.monotonic() - began)
         return tuple(answers[key] for key in keys)
+
+    @property
+    def for_cleaned(self) -> Callable[..., Awaitable[Found]]:
+        """What episodes and the server call: :meth:`find`, or the :meth:`search` of a subclass that overrides it."""
+        return self.find if type(self).search is Search.search else self.search
 
     def _words(self, max_passage_words: int | None) -> int | None:
         return self._settings.max_passage_words if max_passage_words is None else max_passage_words or None
