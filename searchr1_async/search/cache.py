@@ -118,8 +118,8 @@ class DiskCache:
     file is opened on first use. Keys are stored as hashes, so the file contains no queries; values are stored as they are.
 
     Disk errors never raise; each logs one warning. A damaged or foreign file is renamed to ``<name>.aside-<time>`` and
-    replaced. On a full disk the cache becomes read-only. If it can neither read nor write, or finds a newer format, it
-    behaves as an empty cache.
+    replaced; one of an earlier format is deleted. On a full disk the cache becomes read-only. If it can neither read nor
+    write, or finds a newer format, it behaves as an empty cache.
 
     Args:
         path: the file; its folder is created if needed. SQLite's ``-wal`` and ``-shm`` and a ``.lock`` lie beside it. Not
@@ -272,6 +272,13 @@ def _open(path: Path) -> sqlite3.Connection:
             raise _Foreign("file is a database of another application")
         if version > _FORMAT:
             raise _NewerFormat
+        if owner and version < _FORMAT:
+            # Dropping its tables would write a log of its size, and a process of an earlier version that has it open would
+            # find it damaged.
+            connection.close()
+            for suffix in ("-wal", "-shm", ""):
+                path.with_name(path.name + suffix).unlink(missing_ok=True)
+            return _open(path)
         if not owner:
             connection.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
             connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
@@ -281,10 +288,8 @@ def _open(path: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA synchronous = NORMAL")
         connection.execute(f"PRAGMA wal_autocheckpoint = {_LOG_BYTES // 4 // _PAGE_BYTES}")
         connection.execute(f"PRAGMA journal_size_limit = {_LOG_BYTES}").fetchall()
-        if version < _FORMAT:
+        if not owner:
             with _transaction(connection):
-                for table in ("entries", "uses"):  # of an earlier format
-                    connection.execute(f"DROP TABLE IF EXISTS {table}")
                 connection.execute(_TABLE)
                 connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
                 connection.execute(f"PRAGMA user_version = {_FORMAT}")

@@ -196,17 +196,20 @@ def test_what_was_put_first_goes_first_and_the_file_stays_within_its_bound(path:
     cache.close()
 
 
-def test_a_file_of_an_earlier_format_is_begun_anew_in_place(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_of_an_earlier_format_is_begun_anew(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = DiskCache(path)
-    fill(cache, range(3))
+    fill(cache, range(1000))
     cache.close()
-    connection = sqlite3.connect(path)
-    connection.execute("CREATE TABLE uses (id INTEGER PRIMARY KEY, used INTEGER NOT NULL)")
-    connection.execute("PRAGMA user_version = 1")
-    connection.close()
+    other = sqlite3.connect(path, isolation_level=None)  # as a process of an earlier version has it open
+    other.execute("CREATE TABLE uses (id INTEGER PRIMARY KEY, used INTEGER NOT NULL)")
+    other.execute("PRAGMA user_version = 1")
     cache = DiskCache(path)
     assert holds(cache, 3) == []
     fill(cache, range(1))
+    assert holds(cache, 3) == [0]
+    assert sum(file.stat().st_size for file in path.parent.iterdir()) < MEBIBYTE
+    assert other.execute("SELECT count(*) FROM entries").fetchone() == (1000,)
+    other.close()
     assert holds(cache, 3) == [0]
     assert asides(path) == []
     assert warnings_of(caplog) == []
