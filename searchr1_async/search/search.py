@@ -408,8 +408,8 @@ class Search:
 
     @property
     def for_cleaned(self) -> Callable[..., Awaitable[Found]]:
-        """What episodes and the server call: :meth:`find`, or the :meth:`search` of a subclass that overrides it."""
-        return self.find if type(self).search is Search.search else self.search
+        """What episodes and the server call: :meth:`find`, or :meth:`search` where a subclass or an object has its own."""
+        return self.find if getattr(self.search, "__func__", None) is Search.search else self.search
 
     def _words(self, max_passage_words: int | None) -> int | None:
         return self._settings.max_passage_words if max_passage_words is None else max_passage_words or None

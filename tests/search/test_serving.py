@@ -155,6 +155,8 @@ async def test_a_search_with_a_method_of_its_own_is_what_episodes_and_clients_ge
         assert len((await showing(search, 2, 1)(["capital of Chile"]))[0]) == 2
         async with serve_search(search, port=0) as address, asked(address) as ask:
             _, _, answer = await ask("/retrieve", {"queries": ["capital of Chile"], "topk": 3})
+        search.search = sr.testing.DictSearch().search  # type: ignore[method-assign]
+        assert [passage.id for (passage,) in await showing(search, None, None)(["Chile"])] == ["Chile"]
     shown = [each["contents"] for each in answer["result"][0]]
     assert [each.partition("\n")[2] for each in shown] == [passage.text for passage in expected]
 
