@@ -54,21 +54,13 @@ class Search:
     Args:
         embedder: turns queries into vectors.
         store: finds the nearest passages; or a corpus with its index folder.
-        description: see :attr:`description`, without the options.
         options: see :class:`SearchOptions`.
 
     Raises:
         ConfigurationError: a setting is out of range.
     """
 
-    def __init__(
-        self,
-        embedder: Embedder,
-        store: Store | LocalIndex,
-        *,
-        description: Mapping[str, Any] | None = None,
-        **options: Unpack[SearchOptions],
-    ) -> None:
+    def __init__(self, embedder: Embedder, store: Store | LocalIndex, **options: Unpack[SearchOptions]) -> None:
         settings = SearchSettings(**options)
         self._settings = settings
         self.named = frozenset(options)
@@ -79,7 +71,7 @@ class Search:
         )
         self._embedder = embedder
         self._source = store
-        self._description = description
+        self._description: Mapping[str, Any] | None = None
         self._tally = SearchTally()
         self._users = 0
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -89,7 +81,9 @@ class Search:
 
     @classmethod
     def _at(cls, place: Place, **options: Unpack[SearchOptions]) -> Self:
-        return cls(place.embedder, place.store, description=place.description, **options)
+        search = cls(place.embedder, place.store, **options)
+        search._description = place.description
+        return search
 
     @classmethod
     def local(
