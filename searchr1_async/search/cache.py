@@ -45,8 +45,8 @@ _BUSY_SECONDS = 5.0
 _LOG_BYTES = 16 << 20
 _KEPT_OF_BOUND = 0.95
 """Pruning goes below the bound, so that not every put prunes."""
-_ROWS_PER_TRANSACTION = 100
-"""Bounds the log and how long other processes wait."""
+_TRANSACTION_BYTES = 1 << 20
+"""Of values per transaction: bounds the log and how long other processes wait."""
 _KEYS_PER_QUERY = 500
 _TABLE = "CREATE TABLE entries (id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, checksum INTEGER NOT NULL, value BLOB NOT NULL)"
 _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT, sqlite3.SQLITE_ERROR}
@@ -118,8 +118,8 @@ class DiskCache:
     file is opened on first use. Keys are stored as hashes, so the file contains no queries; values are stored as they are.
 
     Disk errors never raise; each logs one warning. A damaged or foreign file is renamed to ``<name>.aside-<time>`` and
-    replaced. On a full disk the cache becomes read-only. If it can neither read nor write, or finds a newer format, it
-    behaves as an empty cache.
+    replaced; one of an earlier format is deleted. On a full disk the cache becomes read-only. If it can neither read nor
+    write, or finds a newer format, it behaves as an empty cache.
 
     Args:
         path: the file; its folder is created if needed. SQLite's ``-wal`` and ``-shm`` and a ``.lock`` lie beside it. Not
@@ -152,9 +152,11 @@ class DiskCache:
         """Stores values and prunes old ones. Values larger than a tenth of the bound are skipped."""
         hashed = zip(_hashes(namespace, items), items.values(), strict=True)
         rows = [(key, _checksum(key, value), value) for key, value in hashed if len(value) <= self._max_bytes // 10]
-        for start in range(0, len(rows), _ROWS_PER_TRANSACTION):
+        largest = max((len(value) for _, _, value in rows), default=0)
+        number = max(1, min(_TRANSACTION_BYTES, self._max_bytes // 10) // max(1, largest))
+        for start in range(0, len(rows), number):
             if self._writes:
-                part = rows[start : start + _ROWS_PER_TRANSACTION]
+                part = rows[start : start + number]
                 self._attempt(lambda connection, part=part: _write(connection, part, self._max_bytes), None)
 
     def close(self) -> None:
@@ -270,6 +272,13 @@ def _open(path: Path) -> sqlite3.Connection:
             raise _Foreign("file is a database of another application")
         if version > _FORMAT:
             raise _NewerFormat
+        if owner and version < _FORMAT:
+            # Dropping its tables would write a log of its size, and a process of an earlier version that has it open would
+            # find it damaged.
+            connection.close()
+            for suffix in ("-wal", "-shm", ""):
+                path.with_name(path.name + suffix).unlink(missing_ok=True)
+            return _open(path)
         if not owner:
             connection.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
             connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
@@ -279,10 +288,8 @@ def _open(path: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA synchronous = NORMAL")
         connection.execute(f"PRAGMA wal_autocheckpoint = {_LOG_BYTES // 4 // _PAGE_BYTES}")
         connection.execute(f"PRAGMA journal_size_limit = {_LOG_BYTES}").fetchall()
-        if version < _FORMAT:
+        if not owner:
             with _transaction(connection):
-                for table in ("entries", "uses"):  # of an earlier format
-                    connection.execute(f"DROP TABLE IF EXISTS {table}")
                 connection.execute(_TABLE)
                 connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
                 connection.execute(f"PRAGMA user_version = {_FORMAT}")

@@ -280,7 +280,7 @@ class _Service:
         self._ready()
         asked = await self._read(request, read_retrieve)
         queries = [query for query in asked.queries if query is not None]
-        found = await self._search.find(queries, asked.n_results) if queries else ()
+        found = await self._search.for_cleaned(queries, asked.n_results) if queries else ()
         return _json(retrieved(iter(found), asked))
 
 

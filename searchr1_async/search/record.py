@@ -59,4 +59,5 @@ def showing(search: Search, n_results: int | None, max_passage_words: int | None
     """
     settings, given = search.settings, {"n_results": n_results, "max_passage_words": max_passage_words}
     own = {"n_results": settings.n_results, "max_passage_words": settings.max_passage_words or 0}
-    return partial(search.find, **{name: value for name, value in given.items() if value not in (None, own[name])})
+    other = {name: value for name, value in given.items() if value not in (None, own[name])}
+    return partial(search.for_cleaned, **other)

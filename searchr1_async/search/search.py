@@ -6,13 +6,12 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
 
 import anyio
-import anyio.to_thread
 
 from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.data.corpus import CorpusSource
@@ -55,21 +54,13 @@ class Search:
     Args:
         embedder: turns queries into vectors.
         store: finds the nearest passages; or a corpus with its index folder.
-        description: see :attr:`description`, without the options.
         options: see :class:`SearchOptions`.
 
     Raises:
         ConfigurationError: a setting is out of range.
     """
 
-    def __init__(
-        self,
-        embedder: Embedder,
-        store: Store | LocalIndex,
-        *,
-        description: Mapping[str, Any] | None = None,
-        **options: Unpack[SearchOptions],
-    ) -> None:
+    def __init__(self, embedder: Embedder, store: Store | LocalIndex, **options: Unpack[SearchOptions]) -> None:
         settings = SearchSettings(**options)
         self._settings = settings
         self.named = frozenset(options)
@@ -80,7 +71,7 @@ class Search:
         )
         self._embedder = embedder
         self._source = store
-        self._description = description
+        self._description: Mapping[str, Any] | None = None
         self._tally = SearchTally()
         self._users = 0
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -90,7 +81,9 @@ class Search:
 
     @classmethod
     def _at(cls, place: Place, **options: Unpack[SearchOptions]) -> Self:
-        return cls(place.embedder, place.store, description=place.description, **options)
+        search = cls(place.embedder, place.store, **options)
+        search._description = place.description
+        return search
 
     @classmethod
     def local(
@@ -406,6 +399,11 @@ class Search:
             raise
         self._tally.latency.add(time.monotonic() - began)
         return tuple(answers[key] for key in keys)
+
+    @property
+    def for_cleaned(self) -> Callable[..., Awaitable[Found]]:
+        """What episodes and the server call: :meth:`find`, or :meth:`search` where a subclass or an object has its own."""
+        return self.find if getattr(self.search, "__func__", None) is Search.search else self.search
 
     def _words(self, max_passage_words: int | None) -> int | None:
         return self._settings.max_passage_words if max_passage_words is None else max_passage_words or None

@@ -242,7 +242,7 @@ def _opened_engine(job: TrainingJob, service: Service, emit: Emit) -> AbstractAs
     return open_engine(
         spec,
         service.tokenizer,
-        search=job.search.find,
+        search=job.search.for_cleaned,
         sampling=job.sampling,
         reward=job.reward,
         group_size=job.learning.group_size,
@@ -401,7 +401,7 @@ class _Phases:
         episodes = await play_demonstrations(
             tried,
             dialect=self._engine.dialect,
-            search=job.search.find,
+            search=job.search.for_cleaned,
             limits=job.limits,
             max_failed_fraction=job.learning.max_failed_fraction,
             max_in_flight=job.sampling.max_episodes_in_flight,

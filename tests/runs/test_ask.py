@@ -174,7 +174,7 @@ class BrokenSearch(sr.Search):
 
     is_fatal = False
 
-    async def find(self, queries: Sequence[str], n_results: int | None = None, **options: Any) -> Any:
+    async def search(self, queries: Sequence[str], n_results: int | None = None, **options: Any) -> Any:
         raise sr.errors.StoreError("the store is gone", is_fatal=self.is_fatal)
 
 

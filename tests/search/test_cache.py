@@ -196,17 +196,20 @@ def test_what_was_put_first_goes_first_and_the_file_stays_within_its_bound(path:
     cache.close()
 
 
-def test_a_file_of_an_earlier_format_is_begun_anew_in_place(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_of_an_earlier_format_is_begun_anew(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = DiskCache(path)
-    fill(cache, range(3))
+    fill(cache, range(1000))
     cache.close()
-    connection = sqlite3.connect(path)
-    connection.execute("CREATE TABLE uses (id INTEGER PRIMARY KEY, used INTEGER NOT NULL)")
-    connection.execute("PRAGMA user_version = 1")
-    connection.close()
+    other = sqlite3.connect(path, isolation_level=None)  # as a process of an earlier version has it open
+    other.execute("CREATE TABLE uses (id INTEGER PRIMARY KEY, used INTEGER NOT NULL)")
+    other.execute("PRAGMA user_version = 1")
     cache = DiskCache(path)
     assert holds(cache, 3) == []
     fill(cache, range(1))
+    assert holds(cache, 3) == [0]
+    assert sum(file.stat().st_size for file in path.parent.iterdir()) < MEBIBYTE
+    assert other.execute("SELECT count(*) FROM entries").fetchone() == (1000,)
+    other.close()
     assert holds(cache, 3) == [0]
     assert asides(path) == []
     assert warnings_of(caplog) == []
@@ -223,6 +226,13 @@ def test_a_smaller_bound_than_before_makes_the_file_smaller(path: Path) -> None:
     cache.close()
     assert path.stat().st_size <= 2 * MEBIBYTE
     assert 2000 in holds(cache, 2001)
+    cache.close()
+
+
+def test_large_values_put_together_do_not_swell_the_log(path: Path) -> None:
+    cache = DiskCache(path, 64 * MEBIBYTE)
+    cache.put_many("n", {f"key {number}": value(number, 6 * MEBIBYTE) for number in range(8)})
+    assert path.with_name(f"{path.name}-wal").stat().st_size <= 16 * MEBIBYTE
     cache.close()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
@@ -68,6 +69,20 @@ async def test_a_local_search_made_from_its_description_gives_the_same_answers(c
 )
 def test_what_is_in_memory_or_secret_is_not_described(make: Callable[[Path], Search], corpus: Path) -> None:
     assert make(corpus).description is None
+
+
+class OfFive(Search):
+    """A search with arguments of its own."""
+
+    def __init__(self, embedder: Any, store: Any, *, n_results: int = 5) -> None:
+        super().__init__(embedder, store, n_results=n_results)
+
+
+def test_a_subclass_with_arguments_of_its_own_is_made_and_described(corpus: Path) -> None:
+    search = OfFive.local(corpus, embedder="words")
+    assert isinstance(search, OfFive)
+    assert search.description == Search.local(corpus, embedder="words", n_results=5).description
+    assert OfFive.chroma("store", 8000, "wiki", embedder="words", n_results=2).n_results == 2
 
 
 def test_a_chroma_search_is_described_by_its_address() -> None:

@@ -21,6 +21,7 @@ from searchr1_async.search.embedders import Vectors
 from searchr1_async.search.faults import PassingFault, RefusedInput, TooManyRequests
 from searchr1_async.search.http_client import ServedEmbedder, ServedStore, look_at
 from searchr1_async.search.http_server import serve_search
+from searchr1_async.search.record import showing
 from searchr1_async.search.stores.vector_store import Found
 from searchr1_async.search.wire import (
     BadRequest,
@@ -135,6 +136,29 @@ async def test_the_original_clients_find_what_they_know(search: sr.Search) -> No
                 "id": "Chile/capital",
                 "contents": '"Chile"\nSantiago is the capital of Chile.',
             }
+
+
+class Reversed(sr.Search):
+    """Shows the farthest passage first."""
+
+    async def search(self, *arguments: Any, **options: Any) -> Found:
+        return tuple(answer[::-1] for answer in await super().search(*arguments, **options))
+
+
+async def test_a_search_with_a_method_of_its_own_is_what_episodes_and_clients_get(
+    embedder: Any, store: ExactStore
+) -> None:
+    async with Reversed(embedder, store, n_results=3) as search:
+        (expected,) = await search.search(["capital of Chile"])
+        assert expected[-1].id == "Chile/capital"
+        assert await showing(search, None, None)(["capital of Chile"]) == (expected,)
+        assert len((await showing(search, 2, 1)(["capital of Chile"]))[0]) == 2
+        async with serve_search(search, port=0) as address, asked(address) as ask:
+            _, _, answer = await ask("/retrieve", {"queries": ["capital of Chile"], "topk": 3})
+        search.search = sr.testing.DictSearch().search  # type: ignore[method-assign]
+        assert [passage.id for (passage,) in await showing(search, None, None)(["Chile"])] == ["Chile"]
+    shown = [each["contents"] for each in answer["result"][0]]
+    assert [each.partition("\n")[2] for each in shown] == [passage.text for passage in expected]
 
 
 async def test_hostile_text_spoils_only_its_own_query(search: sr.Search) -> None:

@@ -131,10 +131,10 @@ async def test_a_few_failures_are_recorded_and_never_trained_on(start: Callable[
     place = questions[0].id.partition("-")[2]
 
     class Partly(sr.Search):
-        async def find(self, queries: Sequence[str], n_results: int | None = None, **options: Any) -> Any:
+        async def search(self, queries: Sequence[str], n_results: int | None = None, **options: Any) -> Any:
             if any(place in query for query in queries):
                 raise sr.errors.StoreError("the store is down")
-            return await super().find(queries, n_results)
+            return await super().search(queries, n_results)
 
     search = tiny_world.make_search(tmp_path / "index", search_class=Partly)
     run = start(questions=questions, search=search, warm_up=tiny_world.WARM_UP, group_size=8, max_failed_fraction=0.9)
