@@ -222,6 +222,10 @@ name in brackets. An evaluation's exact match, with its 95 % interval, is `exact
 """
 
 
+_OWN_MEANS = {"reward/total", "turns_per_episode", "valid_calls"}
+"""A part of a user's reward with such a name is left out: the metric of that name is ours."""
+
+
 @dataclass(slots=True)
 class EpisodeMeans:
     """Means over episodes, added one by one: the one place where rewards, turns and calls are averaged."""
@@ -240,7 +244,8 @@ class EpisodeMeans:
         self._add("reward/total", float(episode.reward))
         self._add("turns_per_episode", float(len(episode.turns)))
         for name, value in episode.reward_parts.items():
-            self._add(name, float(value))
+            if name not in _OWN_MEANS:
+                self._add(name, float(value))
 
     def _add(self, name: str, value: float) -> None:
         self._sums[name] = self._sums.get(name, 0.0) + value

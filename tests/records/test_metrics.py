@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,13 @@ def test_missing_reward_part_counts_as_zero() -> None:
     asked = question()
     played = Group(asked, (episode(asked, parts={"bonus": 1.0}), episode(asked)))
     assert group_metrics([played])["env/all/bonus"] == 0.5
+
+
+@pytest.mark.parametrize("name", ["reward/total", "turns_per_episode", "valid_calls"])
+def test_a_reward_part_does_not_change_the_metric_of_its_name(name: str) -> None:
+    plain = group(question("q1"), (1.0, 0.0))
+    named = replace(plain, episodes=[replace(each, reward_parts={name: 100.0}) for each in plain.episodes])
+    assert group_metrics([named])[f"env/all/{name}"] == group_metrics([plain])[f"env/all/{name}"]
 
 
 def test_failures_count_only_in_stop_fractions() -> None:

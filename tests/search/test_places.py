@@ -172,5 +172,7 @@ async def test_an_index_that_is_not_finished_is_not_searched(
 ) -> None:
     await build_index(passages, tmp_path / "index", embedder=embedder)
     (tmp_path / "index" / "index.json").rename(tmp_path / "index" / "building.json")
-    with pytest.raises(StoreError, match=r"not finished: await sr\.search\.build_index\(corpus, '.*', embedder='hashing'\)"):
+    with pytest.raises(
+        StoreError, match=r"not finished: await sr\.search\.build_index\(corpus, '.*', embedder='hashing'\)"
+    ):
         await Search.open(tmp_path / "index", embedder=embedder)
