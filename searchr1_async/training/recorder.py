@@ -392,7 +392,8 @@ class UnlearnedWriter:
         await anyio.to_thread.run_sync(self._groups.clear)
 
     def keep(self, place: int, group: Group) -> None:
-        """Writes this group soon."""
+        """Writes this group soon, in place of an earlier one."""
+        self._done.discard(place)
         self._new.append((place, group))
         self._gathered.want()
 

@@ -32,3 +32,16 @@ async def test_a_disk_that_is_full_when_a_run_resumes_is_a_checkpoint_error(
         with pytest.raises(CheckpointError, match="No space left on device"):
             await UnlearnedWriter(job).load()
     assert sorted(await UnlearnedWriter(job).load()) == [1, 2]
+
+
+async def test_a_group_that_is_rolled_out_again_at_once_is_kept(tmp_path: Path) -> None:
+    """Its older group, of weights that were never saved, is forgotten in the same write."""
+    UnlearnedGroups(tmp_path / "unlearned").write([(1, group(corrects=(0.0, 0.0))), (2, group())])
+    job: Any = SimpleNamespace(out_dir=tmp_path)
+    writer, again = UnlearnedWriter(job), group(corrects=(1.0, 0.0))
+    await writer.load()
+    writer.forget({1, 2})
+    writer.keep(1, again)
+    async with writer.writing():
+        pass
+    assert await UnlearnedWriter(job).load() == {1: again}
