@@ -49,7 +49,7 @@ _STEP_FILE = re.compile(r"step-(\d{6,})\.parquet")
 
 
 class RunRecords:
-    """Reads and writes the records below ``folder``; subfolders are created on first write.
+    """Reads and writes the records below ``folder``; the folder is created on first write.
 
     Reading while a run writes is safe. Only one writer is allowed; the run's lock ensures it.
     """
@@ -143,7 +143,7 @@ class RunRecords:
         return self._evaluations.frame()
 
     def load_evaluation(self, label: str) -> tuple[Episode, ...]:
-        """The episodes of one evaluation, sample by sample in question order; empty if the label is unknown."""
+        """The episodes of one evaluation, by question and sample; empty if the label is unknown."""
         return self._evaluations.episodes(label)
 
     def evaluation_labels(self) -> tuple[str, ...]:
@@ -162,7 +162,7 @@ class EvaluationParts:
     """Episodes of evaluations in one folder of numbered Parquet files, in the order they were written.
 
     ``label`` is the evaluation or the system, ``group`` the question's index, ``member`` the sample. The latest record of a sample
-    counts, so a failed episode can be retried. One writer at a time; subfolders are created on first write.
+    counts, so a failed episode can be retried. One writer at a time; the folder is created on first write.
     """
 
     def __init__(self, folder: Path) -> None:

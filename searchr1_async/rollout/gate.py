@@ -1,8 +1,9 @@
 """Admission of sampling requests: as many as the service and this process can handle, later turns first.
 
-It also detects back-pressure from the service, which the SDK hides. On "too many requests" (429) the SDK holds all samples of its session back for 1 to 5 s, and on "paused for capacity" it retries;
-callers see only longer waits. It leaves two traces: the session holder's back-off time, and the queue-state callback of a
-sampling client. Both are SDK internals: if one is missing the other is used, and without both nothing is detected.
+It also detects back-pressure from the service, which the SDK hides. On "too many requests" (429) the SDK delays all samples of its
+session by 1 to 5 s, and on "paused for capacity" it retries; callers see only longer waits. It leaves two traces: the session
+holder's back-off time, and the queue-state callback of a sampling client. Both are SDK internals: if one is missing the other is
+used, and without both nothing is detected.
 """
 
 from __future__ import annotations

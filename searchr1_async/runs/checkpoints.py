@@ -69,10 +69,6 @@ class ResumePoint:
     started_from: Mapping[str, Any] | None = None
     """With ``start_from``: the weights it resolved to (``name``, ``path``, ``step``, ``base_model``)."""
 
-    def is_open(self, place: int) -> bool:
-        """Whether the group at this place is still to be trained on or dropped."""
-        return place >= self.next_place or place in self.open_places
-
     def save(self, folder: Path) -> None:
         """Replaces the run's resume point atomically.
 

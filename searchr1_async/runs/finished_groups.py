@@ -16,7 +16,7 @@ import re
 import shutil
 import threading
 import zlib
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import polars as pl
@@ -66,13 +66,10 @@ class UnlearnedGroups:
             self._drop(latest)
             self._places[path] = set(latest)
 
-    def load(self, is_open: Callable[[int], bool] = lambda place: True) -> dict[int, Group]:
+    def load(self) -> dict[int, Group]:
         """The groups on disk, by place. Call it before :meth:`write`.
 
-        Args:
-            is_open: whether no recorded step contains the group of this place
-                (:meth:`ResumePoint.is_open <searchr1_async.runs.checkpoints.ResumePoint.is_open>`). The other groups are
-                forgotten: their step was recorded right before a kill.
+        A recorded step may contain some of them, if the process was killed before they were forgotten.
 
         Raises:
             OSError: the folder is not readable, or not writable when something must be forgotten.
@@ -89,9 +86,7 @@ class UnlearnedGroups:
                 self._drop(groups)
                 self._places[path] = set(groups)
                 found |= groups
-            closed = {place for place in found if not is_open(place)}
-            self._drop(closed)
-        return {place: group for place, group in found.items() if place not in closed}
+        return found
 
     def forget(self, places: Iterable[int]) -> None:
         """Drops groups that a recorded step contains or that are no longer needed; unknown places are ignored.

@@ -71,7 +71,7 @@ class MinibatchGatherer:
         self._prior = mean_tokens
         self._part = 0
         self._waiting: list[tuple[Group, int]] = []
-        self._held: list[Minibatch] = []
+        self._deferred: list[Minibatch] = []
         self._sent_tokens, self._sent_early, self._sent_full = 0, 0, 0
         """In this part: tokens sent, tokens sent early to an idle trainer, and full minibatches sent."""
         self._part_groups, self._part_tokens = 0, 0
@@ -129,14 +129,14 @@ class MinibatchGatherer:
         self._sent_tokens = self._sent_early = self._sent_full = 0
         if not self._synchronous:
             return rest
-        self._held += rest
+        self._deferred += rest
         return []
 
     def end_batch(self) -> list[Minibatch]:
         """Ends the batch; returns its remaining minibatches, part by part."""
         rest = self.end_part()
-        held, self._held = self._held, []
-        return held + rest
+        deferred, self._deferred = self._deferred, []
+        return deferred + rest
 
     def _send(self) -> Minibatch:
         minibatch = self._minibatch(self._waiting)

@@ -141,7 +141,7 @@ class Measuring:
         for due in self._waiting:
             if due.step == step:
                 due.sampler_path = sampler_path
-        self._tell()
+        self._notify()
 
     async def wait_for_room(self) -> None:
         """Waits until at most :data:`MOST_WAITING` evaluations are queued."""
@@ -170,7 +170,7 @@ class Measuring:
             what = "time" if reason == "time_limit" else "cost"
             self._emit(Notice(f"the {what} limit was reached before the evaluation of step {steps}: skipped"))
             self._waiting.clear()
-        self._tell()
+        self._notify()
 
     def metrics(self) -> dict[str, float]:
         """Held-out episodes finished since the last call: a step's search and sample metrics include them."""
@@ -208,11 +208,11 @@ class Measuring:
                 if not self._waiting:
                     continue  # skipped meanwhile
                 self._under_way = due = self._waiting.popleft()
-                self._tell()
+                self._notify()
                 if (policy := due.policy or await self._open(due)) is not None:
                     await self.measure(f"step {due.step}", policy, yields=True)
                 self._under_way = None
-                self._tell()
+                self._notify()
 
     async def _open(self, due: _Due) -> TinkerPolicy | None:
         try:
@@ -259,7 +259,7 @@ class Measuring:
         every = self._job.evaluate_every
         return every is not None and step > 0 and step % every == 0
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         self._changed.set()
         self._changed = anyio.Event()
 

@@ -142,9 +142,9 @@ def _parts(value: object, seen: set[int]) -> Iterator[object]:
     elif callable(value) and not isinstance(value, type):
         yield from _plain(_attributes(value))
         yield _source(type(value)) or type(value).__qualname__
-        for held in _attributes(value).values():
-            if isinstance(held, FunctionType | MethodType | functools.partial):
-                yield from _parts(held, seen)
+        for attribute in _attributes(value).values():
+            if isinstance(attribute, FunctionType | MethodType | functools.partial):
+                yield from _parts(attribute, seen)
 
 
 def _function(function: FunctionType, seen: set[int]) -> Iterator[object]:

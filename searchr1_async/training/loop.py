@@ -136,7 +136,7 @@ class TrainingLoop:
         closed: Closed | None = None
         async with anyio.create_task_group() as tasks:
             if pipeline.step_time_limit is not None:
-                tasks.start_soon(self._cut_when_late, opened + pipeline.step_time_limit)
+                tasks.start_soon(self._cut_when_late, self._admission.step, opened + pipeline.step_time_limit)
             await self._fill_batch(gatherer)
             # Before anything else is awaited: a group that ends from here on belongs into the next step.
             closed = self._close_batch()
@@ -201,8 +201,10 @@ class TrainingLoop:
             await self._changed.wait()
             tasks.cancel_scope.cancel()
 
-    async def _cut_when_late(self, deadline: float) -> None:
+    async def _cut_when_late(self, step: int, deadline: float) -> None:
         await self._control.sleep_until(deadline)
+        if self._admission.step != step:
+            return  # its last group finished at the deadline: a task that already wakes cannot be cancelled
         for place in self._admission.cut_open_step():
             self._tasks[place].cut()
         self._changed.set()

@@ -375,15 +375,25 @@ class UnlearnedWriter:
         self._gathered = GatheredWriting(self._write, _GATHERING)
 
     async def load(self) -> dict[int, Group]:
-        """What an earlier session left, by place."""
-        return await anyio.to_thread.run_sync(self._groups.load)
+        """What an earlier session left, by place.
+
+        Raises:
+            CheckpointError: what a killed session left half done cannot be tidied up, such as on a full disk.
+        """
+
+        def load() -> dict[int, Group]:
+            with writing_records(self._job.out_dir):
+                return self._groups.load()
+
+        return await anyio.to_thread.run_sync(load)
 
     async def clear(self) -> None:
         """Forgets what another run may have left in this folder."""
         await anyio.to_thread.run_sync(self._groups.clear)
 
     def keep(self, place: int, group: Group) -> None:
-        """Writes this group soon."""
+        """Writes this group soon, in place of an earlier one."""
+        self._done.discard(place)
         self._new.append((place, group))
         self._gathered.want()
 

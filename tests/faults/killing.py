@@ -248,7 +248,8 @@ def _look(
     with tempfile.TemporaryDirectory() as copy:
         if (run / "unlearned").is_dir():
             shutil.copytree(run / "unlearned", copy, dirs_exist_ok=True)
-        groups = UnlearnedGroups(Path(copy)).load(point.is_open)
+        found = UnlearnedGroups(Path(copy)).load()
+    groups = {place: group for place, group in found.items() if place >= point.next_place or place in point.open_places}
     on_disk = {order.question(place).id for place in groups}
     kept = {
         order.question(place).id

@@ -28,10 +28,6 @@ def test_reads_back_what_was_saved(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["state.json"]
 
 
-def test_knows_which_places_no_recorded_step_holds() -> None:
-    assert [place for place in range(40) if POINT.is_open(place)] == [31, 34, 36, 37, 38, 39]
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 import searchr1_async as sr
 from searchr1_async.events import Event, GroupFinished, MinibatchSubmitted, Notice, PhaseStarted, StepFinished
 from searchr1_async.testing import HashingEmbedder
+from searchr1_async.training.admission import Admission, Closed
 from tests import tiny_world
 
 pytestmark = pytest.mark.anyio
@@ -191,6 +192,30 @@ async def test_a_step_past_its_time_limit_uses_the_finished_groups(start: Callab
     assert by_id[stuck]["drop_reason"] == "step_time_limit"
     assert by_id[half]["trained"]
     assert by_id[half]["members"] == 2
+
+
+async def test_a_step_that_is_full_at_its_time_limit_leaves_the_next_one_alone(
+    start: Callable[..., sr.Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The deadline passes in the very turn of the event loop in which the batch is closed, too late to be cancelled."""
+    closed, close = anyio.Event(), Admission.close
+
+    def closing(admission: Admission, slow: Mapping[int, sr.Group]) -> Closed:
+        closed.set()
+        return close(admission, slow)
+
+    async def sleep_until(deadline: float) -> None:
+        if closed.is_set():
+            await anyio.sleep_forever()
+        with anyio.CancelScope(shield=True):
+            await closed.wait()
+
+    monkeypatch.setattr(Admission, "close", closing)
+    run = start(questions=12, epochs=1, step_time_limit=60.0)
+    monkeypatch.setattr(run.control, "sleep_until", sleep_until)
+    with anyio.fail_after(150):
+        assert (await run).steps == 2
+    assert assert_every_question_once(run, 12)["trained"].all()
 
 
 async def test_constant_reward_groups_are_refilled(start: Callable[..., sr.Run]) -> None:

@@ -119,7 +119,7 @@ class Worker:
         self._pulse = PulseReading(1.0, 0.0, 0.0, 0.0, 0.0)
 
     async def listen(self, tasks: TaskGroup) -> None:
-        """Handles the pool's messages in order until told to stop.
+        """Handles the pool's messages in order, until the one to stop.
 
         Raises:
             ChannelClosedError: the pool is gone.
