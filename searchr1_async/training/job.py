@@ -1,6 +1,6 @@
-"""A training job: all validated settings of a run.
+"""A training job: the config and the objects that a run is given, checked.
 
-Digests of a run's inputs besides its settings (reward, questions, answers), so a resume can report changes.
+Of what is no setting (reward, questions, answers) it has digests, so that a resume says what changed.
 """
 
 from __future__ import annotations
