@@ -40,7 +40,7 @@ from searchr1_async.watch.dashboard import Choice, open_view
 from searchr1_async.watch.subscribers import EventStreams
 
 
-@takes_config(TrainConfig, emit="on_event")
+@takes_config(TrainConfig, emit="on_event", switch_weights_in_flight="config=sr.TrainConfig(weights_in_flight=…)")
 def train(
     questions: Questions,
     search: GivenSearch,

@@ -81,6 +81,7 @@ def test_every_setting_has_one_flat_name(kind: type[Config]) -> None:
     assert len(places_of(kind)) == settings, "no name is ambiguous"
     assert kind().to_toml() == kind(**kind().flat()).to_toml()
     assert repr(kind()) == f"{kind.__name__}()"
+    assert all(getattr(sr.config, type(each.default).__name__) is type(each.default) for each in concerns), "all public"
 
 
 def test_flat_names_are_read_by_concern() -> None:
@@ -99,7 +100,7 @@ def test_flat_names_are_read_by_concern() -> None:
 def test_concerns_and_tables_are_accepted() -> None:
     whole = TrainConfig(batch=BatchSettings(group_size=4), local=sr.config.LocalOptions(threads=2), minibatches=2)
     assert whole == TrainConfig(batch={"group_size": 4, "minibatches": 2}, threads=2)
-    assert TrainConfig(local=None) == TrainConfig()
+    assert TrainConfig(local=None) == TrainConfig(loss_config=None) == TrainConfig()
     text = 'group_size = 4\nmodel = "m"\n[length]\nsteps = 3\n[warm_up]\nsteps = 2\n'
     assert TrainConfig.from_toml(text) == TrainConfig(group_size=4, model="m", steps=3, warm_up=sr.WarmUp(steps=2))
     assert TrainConfig.from_json('{"length": {"steps": 3}}') == TrainConfig(steps=3)
@@ -107,8 +108,8 @@ def test_concerns_and_tables_are_accepted() -> None:
 
 def test_a_file_is_read_back(tmp_path: Path) -> None:
     config = TrainConfig(instructions='say "é"\n\x7f\t\\', seed=5, loss_config={"a b": 0.5})
-    config.save(tmp_path / "config.toml")
-    assert TrainConfig.load(tmp_path / "config.toml") == config
+    config.save(str(tmp_path / "config.toml"))
+    assert TrainConfig.load(tmp_path / "config.toml") == TrainConfig.load(str(tmp_path / "config.toml")) == config
     (tmp_path / "config.json").write_text(config.to_json(), encoding="utf-8")
     assert TrainConfig.load(tmp_path / "config.json") == config
     with pytest.raises(sr.errors.ConfigurationError, match=r"cannot read the settings .*none\.toml"):
@@ -137,6 +138,7 @@ def test_presets() -> None:
         ({"batch": 8}, r"batch is 8 \(int\): expected an instance of BatchSettings"),
         ({"local": 8}, r"local is 8 \(int\): expected an instance of LocalOptions"),
         ({"price": {"prefill": -1, "sample": 1}}, "price.prefill is -1.0"),
+        ({"price": {"prefill": 1}}, "price has no sample: it needs prefill, sample"),
         ({"max_cost": "5"}, "max_cost is '5'"),
         ({"seed": None}, "seed is None"),
         ({"model": " "}, "model is ' '"),

@@ -222,7 +222,9 @@ def service_processes(parent: int | None = None) -> list[int]:
     rows = [line.split(None, 2) for line in listing.splitlines()]
     wanted = str(os.getpid() if parent is None else parent)
     return [
-        int(row[0]) for row in rows if len(row) == 3 and row[1] == wanted and "searchr1_async/local/entry.py" in row[2]
+        int(row[0])
+        for row in rows
+        if len(row) == 3 and row[1] == wanted and "searchr1_async/local/__main__.py" in row[2]
     ]
 
 

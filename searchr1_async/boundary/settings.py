@@ -277,7 +277,7 @@ def _kind_of(annotation: Any) -> _Kind:
         return _Kind("a function", callable, partial(_instance, callable, "a function"))
     if origin is abc.Mapping:
         is_mapping = partial(_is_instance, Mapping)
-        check = _numbers if annotation == Mapping[str, float] else partial(_instance, is_mapping, "a dict")
+        check = as_numbers if annotation == Mapping[str, float] else partial(_instance, is_mapping, "a dict")
         return _Kind("a dict", is_mapping, check)
     if isinstance(annotation, type) and annotation is not Any and not getattr(annotation, "_is_protocol", False):
         wants = f"an instance of {annotation.__name__}"
@@ -304,7 +304,8 @@ def _instance(is_one: Callable[[Any], bool], wants: str, name: str, value: Any) 
     return value
 
 
-def _numbers(name: str, value: Any) -> dict[str, float]:
+def as_numbers(name: str, value: Any) -> dict[str, float]:
+    """Finite numbers by name. Raises ConfigurationError."""
     if not isinstance(value, Mapping):
         raise ConfigurationError(f"{name} is {shown_with_kind(value)}: expected a dict of numbers by name")
     return {as_text(f"a name in {name}", key): as_number(f"{name}[{key!r}]", each) for key, each in value.items()}

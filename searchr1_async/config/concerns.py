@@ -20,6 +20,7 @@ from searchr1_async.boundary.settings import (
     Range,
     Seconds,
     Share,
+    as_numbers,
     as_text,
     check_settings,
 )
@@ -70,6 +71,10 @@ def as_weights(name: str, value: Any) -> str | Path:
 
 def _weights_text(name: str, value: Any) -> str:
     return str(as_weights(name, value))
+
+
+def _loss_config(name: str, value: Any) -> dict[str, float]:
+    return {} if value is None else as_numbers(name, value)
 
 
 class Checked:
@@ -406,7 +411,7 @@ class LearningSettings(Checked):
     ``stable_reinforce`` accepts only samples recorded in the same session less than a day ago. Groups that finished before a
     resume, or more than 20 hours before training, are therefore trained on with ``ppo`` in the same optimiser step, with an
     extra request per mixed minibatch. ``optim/fallback_datums`` counts them."""
-    loss_config: Mapping[str, float] = field(default_factory=dict)
+    loss_config: Annotated[Mapping[str, float], _loss_config] = field(default_factory=dict)
     """Passed to the service with the loss (``clip_low_threshold``, …); not to the ``ppo`` fallback of ``stable_reinforce``."""
     advantage: AdvantageName = "centred"
     """``centred``: ``reward - mean`` of the group (the recipe). ``scaled``: divided by the group's standard deviation (GRPO).

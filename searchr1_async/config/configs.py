@@ -20,12 +20,12 @@ import re
 import tomllib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, ParamSpec, Self, TypeVar, get_args, get_type_hints
 
-from searchr1_async.boundary.paths import write_atomically
+from searchr1_async.boundary.paths import absolute_path, write_atomically
 from searchr1_async.boundary.settings import Count, as_flag, check_setting, list_of, shown_with_kind
 from searchr1_async.config.concerns import (
     BatchSettings,
@@ -141,17 +141,18 @@ class Config:
             raise ConfigurationError(f"the settings are not TOML: {error}") from error
         return cls(**_with_none(values, cls().to_dict()))
 
-    def save(self, path: Path) -> None:
-        """Writes a TOML file atomically."""
-        write_atomically(path, self.to_toml().encode())
+    def save(self, path: str | Path) -> None:
+        """Writes a TOML file atomically. Raises OSError."""
+        write_atomically(absolute_path(path), self.to_toml().encode())
 
     @classmethod
-    def load(cls, path: Path) -> Self:
+    def load(cls, path: str | Path) -> Self:
         """Reads a ``.toml`` or ``.json`` file.
 
         Raises:
             ConfigurationError: it cannot be read, or as the constructor.
         """
+        path = absolute_path(path)
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
@@ -209,7 +210,8 @@ def takes_config(kind: type[Config], **renamed: str) -> Callable[[Callable[P, R]
         def called(*args: P.args, **keywords: P.kwargs) -> R:
             for name in keywords.keys() & renamed.keys():
                 raise ConfigurationError(f"{name}: pass {renamed[name]} instead")
-            misplaced = [name for name in keywords if name not in parameters and name in places_of(kind)]
+            settings = {*places_of(kind), *(each.name for each in fields(kind))}
+            misplaced = [name for name in keywords if name not in parameters and name in settings]
             if misplaced:
                 names = ", ".join(f"{name}=…" for name in misplaced)
                 raise ConfigurationError(
@@ -247,6 +249,9 @@ def _from_table(concern: type, table: str, values: Mapping[str, Any]) -> dict[st
 def _checked(owner: type, own: str, name: str, value: Any) -> Any:
     """A setting's value, checked; a table becomes the dataclass that it stands for (``warm_up``, ``price``)."""
     if isinstance(value, Mapping) and (kind := _value_type(owner, own)) is not None:
+        needed = [each.name for each in fields(kind) if each.default is each.default_factory is MISSING]
+        if lacking := [each for each in needed if each not in value]:
+            raise ConfigurationError(f"{name} has no {' and no '.join(lacking)}: it needs {', '.join(needed)}")
         value = kind(**_from_table(kind, name, value))
     return check_setting(owner, own, value, name)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from searchr1_async.boundary.paths import FilePath, is_same_place
@@ -61,7 +60,7 @@ class System:
         check_settings(self)
 
 
-SystemSource = System | str | Path | RecordedRun | None
+SystemSource = System | GivenWeights | RecordedRun | None
 """A system; or a run, its folder or a ``tinker://`` path, used with the search tool; None is the base model."""
 
 

@@ -89,9 +89,8 @@ class BrokenSearch(DictSearch):
 class HashingEmbedder:
     """A bag of words, each word at a place (and with a sign) that its hash gives: needs no model and no time.
 
-    A little noise, of the text's own hash, keeps texts apart that have as many words in common with a query. Of those that are
-    equally near Chroma shows others whenever a small folder is opened: it builds its graph anew then. A question's last word
-    ends with "?" and is in no passage, so 12 passages were equally near to each, and a session's prompts unlike another's.
+    A little noise, seeded by the text's hash, breaks ties between texts that share as many words with a query. Chroma orders ties
+    differently each time it opens a small folder, because it rebuilds its graph; prompts would then differ between sessions.
     """
 
     name = "hashed words"

@@ -17,7 +17,7 @@ import tinker
 
 from searchr1_async.billing import TokenUsage
 from searchr1_async.boundary.signals import is_interrupt
-from searchr1_async.config import LossName, WarmUp
+from searchr1_async.config import LossName, TrainConfig, WarmUp
 from searchr1_async.episodes.types import Episode
 from searchr1_async.errors import RunFolderError, SearchR1Error, ungrouped
 from searchr1_async.events import CheckpointSaved, Emit, Notice, RunEnded, RunStarted
@@ -118,6 +118,7 @@ async def _run(
         emit(_started(job, identity, order, point, point.base_model))
         emit(Notice(f"nothing left to do: {point.step} steps are done"))
         return result
+    config = job.config  # kept as given: with the started model filled in, the kept file would not resume the run
     # A resumed run keeps what it started with, even values that were defaults then.
     job = job.resumed(point)
     await _check_service(job, control, emit)
@@ -139,7 +140,7 @@ async def _run(
     with control.interruptible():
         await tell_near_overlap(job.questions, job.held_out, emit)
         await open_search(job.search, emit)
-        async with _opened(job, order, control, emit, is_new=point is None, started=started) as session:
+        async with _opened(job, config, order, control, emit, is_new=point is None, started=started) as session:
             return await _Phases(session, Recorder(session, identity, point)).run()
     return await anyio.to_thread.run_sync(result_of, job.out_dir, point, "stopped")
 
@@ -190,6 +191,7 @@ async def _check_service(job: TrainingJob, control: RunControl, emit: Emit) -> N
 @asynccontextmanager
 async def _opened(
     job: TrainingJob,
+    config: TrainConfig,
     order: QuestionOrder,
     control: RunControl,
     emit: Emit,
@@ -200,6 +202,7 @@ async def _opened(
     """Opens the search, the Tinker service and the rollout engine, and keeps in the folder what they were opened from.
 
     Args:
+        config: the settings to keep in the folder.
         is_new: the run has no resume point.
         started: the event of the run's start, by the model's name.
     """
@@ -222,7 +225,7 @@ async def _opened(
             await keep_tokenizer(service.tokenizer, job.out_dir, anew=is_new)
             await anyio.to_thread.run_sync(partial(keep_questions, job.questions, job.out_dir, anew=is_new))
             await anyio.to_thread.run_sync(keep_search, job.search, job.out_dir)
-            await anyio.to_thread.run_sync(keep_config, job.config, job.out_dir)
+            await anyio.to_thread.run_sync(keep_config, config, job.out_dir)
             async with control.serving(service):
                 with control.holding(engine.pause), watch.holding(control.wait_for_service):
                     yield Session(job, order, service, engine, control, emit)

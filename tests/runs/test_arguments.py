@@ -289,9 +289,26 @@ async def test_a_setting_passed_as_a_keyword_is_refused_saying_where_it_belongs(
     told = rf"max_turns: a setting belongs in the config: {function.__name__}\(…, config=sr\.config\.\w+Config\(max_turns=…\)\)"
     with pytest.raises(sr.errors.ConfigurationError, match=told):
         function(**given(function), max_turns=3)
+    with pytest.raises(sr.errors.ConfigurationError, match="local: a setting belongs in the config"):
+        function(**given(function), local=sr.config.LocalOptions())
     with pytest.raises(TypeError, match="nonsense"):
         function(**given(function), nonsense=3)
     assert nothing_in(tmp_path)
+
+
+async def test_a_renamed_keyword_is_refused_with_its_new_name(search: sr.Search, tmp_path: Path) -> None:
+    for name, told in {"emit": "pass on_event", "switch_weights_in_flight": "pass config=.*weights_in_flight"}.items():
+        given: dict[str, Any] = {name: None}
+        with pytest.raises(sr.errors.ConfigurationError, match=f"{name}: {told}"):
+            sr.train(small_questions(), search, tmp_path / "run", **given)
+
+
+async def test_a_run_or_its_result_is_a_system(search: sr.Search, tmp_path: Path) -> None:
+    result = sr.TrainingResult(tmp_path / "run", 1, "finished", None, (), 1.0)
+    given: list[Any] = [result, {"trained": result}]
+    for systems in given:
+        with pytest.raises(sr.errors.RunFolderError, match="run holds no run"):
+            await sr.evaluate(small_questions(), search, systems, sr.EvalConfig(model="m"), service=AWAY)
 
 
 @pytest.mark.parametrize(
@@ -305,7 +322,7 @@ async def test_a_run_keeps_its_config_and_a_resume_names_what_differs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, search: sr.Search
 ) -> None:
     monkeypatch.setenv("TINKER_API_KEY", tiny_world.shared_service().api_key)
-    call = tiny_world.given(sr.TrainConfig, tiny_world.served_settings(), steps=1, lora_rank=None)
+    call = tiny_world.given(sr.TrainConfig, tiny_world.served_settings(), steps=1, lora_rank=None, model=None)
     config: sr.TrainConfig = call.pop("config")
 
     def start(config: sr.TrainConfig) -> sr.Run:
