@@ -31,6 +31,39 @@ from searchr1_async.watch.representations import register_representations
 
 __version__ = version("searchr1_async")
 
+__all__ = [
+    "Answer",
+    "Demonstration",
+    "Episode",
+    "EvalConfig",
+    "Group",
+    "Judge",
+    "Passage",
+    "Question",
+    "Report",
+    "RolloutConfig",
+    "Run",
+    "Score",
+    "Search",
+    "SearchR1Error",
+    "StopReason",
+    "System",
+    "TrainConfig",
+    "TrainingResult",
+    "Turn",
+    "WarmUp",
+    "ask",
+    "estimate_cost",
+    "evaluate",
+    "export",
+    "load_corpus",
+    "load_questions",
+    "open_report",
+    "open_run",
+    "rollout",
+    "train",
+]
+
 if TYPE_CHECKING:
     from searchr1_async import config as config
     from searchr1_async import errors as errors
@@ -41,40 +74,28 @@ if TYPE_CHECKING:
     from searchr1_async import search as search
     from searchr1_async import testing as testing
     from searchr1_async import trackers as trackers
-    from searchr1_async.api import rollout as rollout
-    from searchr1_async.api import train as train
-    from searchr1_async.config import EvalConfig as EvalConfig
-    from searchr1_async.config import RolloutConfig as RolloutConfig
-    from searchr1_async.config import TrainConfig as TrainConfig
-    from searchr1_async.config import WarmUp as WarmUp
-    from searchr1_async.data.corpus import load_corpus as load_corpus
-    from searchr1_async.data.questions import load_questions as load_questions
-    from searchr1_async.episodes.reward import Score as Score
-    from searchr1_async.episodes.types import Episode as Episode
-    from searchr1_async.episodes.types import Group as Group
-    from searchr1_async.episodes.types import Passage as Passage
-    from searchr1_async.episodes.types import Question as Question
-    from searchr1_async.episodes.types import StopReason as StopReason
-    from searchr1_async.episodes.types import Turn as Turn
-    from searchr1_async.errors import SearchR1Error as SearchR1Error
-    from searchr1_async.evaluation.evaluate import evaluate as evaluate
-    from searchr1_async.evaluation.judge import Judge as Judge
-    from searchr1_async.evaluation.report import Report as Report
-    from searchr1_async.evaluation.report import open_report as open_report
-    from searchr1_async.evaluation.systems import System as System
-    from searchr1_async.runs.ask import Answer as Answer
-    from searchr1_async.runs.ask import ask as ask
-    from searchr1_async.runs.estimate import estimate_cost as estimate_cost
-    from searchr1_async.runs.export import export as export
-    from searchr1_async.runs.folder import TrainingResult as TrainingResult
-    from searchr1_async.runs.run import Run as Run
-    from searchr1_async.runs.run import open_run as open_run
-    from searchr1_async.search.search import Search as Search
-    from searchr1_async.training.warm_up import Demonstration as Demonstration
+    from searchr1_async.api import rollout, train
+    from searchr1_async.config import EvalConfig, RolloutConfig, TrainConfig, WarmUp
+    from searchr1_async.data.corpus import load_corpus
+    from searchr1_async.data.questions import load_questions
+    from searchr1_async.episodes.reward import Score
+    from searchr1_async.episodes.types import Episode, Group, Passage, Question, StopReason, Turn
+    from searchr1_async.errors import SearchR1Error
+    from searchr1_async.evaluation.evaluate import evaluate
+    from searchr1_async.evaluation.judge import Judge
+    from searchr1_async.evaluation.report import Report, open_report
+    from searchr1_async.evaluation.systems import System
+    from searchr1_async.runs.ask import Answer, ask
+    from searchr1_async.runs.estimate import estimate_cost
+    from searchr1_async.runs.export import export
+    from searchr1_async.runs.folder import TrainingResult
+    from searchr1_async.runs.run import Run, open_run
+    from searchr1_async.search.search import Search
+    from searchr1_async.training.warm_up import Demonstration
 else:
     import_module("searchr1_async.rollout")  # an empty package, bound now: later it would take the name of the function
     del rollout
-    __getattr__, __dir__, __all__ = lazy_names(
+    __getattr__, __dir__, _ = lazy_names(
         __name__,
         {
             "searchr1_async.api": "rollout train",
