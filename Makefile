@@ -12,7 +12,7 @@ MAKE_VENV := $(PYTHON) -m venv $(VENV) || ($(PYTHON) -m pip install --user virtu
 
 # Of another environment that happens to be active: IPython warns of it, and warnings are errors in the tests.
 unexport VIRTUAL_ENV
-# The tests start many processes, each of which would compile the whole package anew.
+# The tests start many processes, each of which would compile the whole package again.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: run test test-latest lint types unit slow browser notebook lock clean
@@ -47,7 +47,7 @@ slow: $(VENV)/.installed
 # The notebooks' view and the episode viewer in JupyterLab and a real Chromium, which has to be there (Debian: chromium).
 browser: $(VENV)/.installed
 	$(INSTALL) --editable '.[browser,notebook]'
-	$(BIN)/python -m pytest -m slow tests/browser tests/watch/viewer
+	$(BIN)/python -m pytest -m slow tests/browser tests/watch/test_browser.py
 
 # JupyterLab over the notebooks.
 notebook: $(VENV)/.installed

@@ -49,6 +49,11 @@ BENCHMARKS = (
     Benchmark("compact_geometry", "Are made vectors as hard to search as real ones?", "~10"),
     Benchmark("compact_vectors", "Which weights join two small models into good vectors of 768 numbers?", "~120"),
     Benchmark("local_service", "How fast does the embedded service sample, and do sampler and trainer agree?", "~4"),
+    Benchmark(
+        "lean_transformer",
+        "Is the embedded service's own transformer worth its lines, beside transformers + peft?",
+        "5",
+    ),
     Benchmark("export", "Do exported weights give the service's log-probabilities?", "~5"),
     Benchmark("atlas_seeds", "Does RL beat the warm-up in `make run`, over several seeds?", "35"),
     Benchmark("suites", "Does the same API train on other question suites?", "14"),

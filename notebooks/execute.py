@@ -27,8 +27,6 @@ from nbformat import NotebookNode
 FOLDER = Path(__file__).parent
 MAX_BYTES = 500_000
 """Of a notebook with its outputs: what GitHub still shows, and what a clone of this repository can bear."""
-MAX_HTML = 100_000
-"""Characters of HTML in one output; more is the page of a viewer, which no saved notebook shows (its frame is stripped)."""
 
 _KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 _WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
@@ -121,7 +119,7 @@ def _without_live_parts(output: NotebookNode) -> NotebookNode:
             # Its text says only which widget it was.
             for name in (_WIDGET_VIEW, "text/plain"):
                 data.pop(name, None)
-        if len("".join(data.get("text/html", ""))) > MAX_HTML:
+        if "<iframe" in "".join(data.get("text/html", "")):  # it would be stripped
             del data["text/html"]
     return output
 

@@ -13,21 +13,12 @@ Factbook), ``notebook`` (the live view in a cell), ``wandb``, ``tensorboard`` an
 baseline of that name).
 """
 
-import sys
-
-if sys.argv[:1] == ["-m"] and "searchr1_async" in sys.orig_argv:
-    # The package's own command is starting: importing the rest takes seconds, and Ctrl-C should exit cleanly meanwhile.
-    from searchr1_async.boundary.signals import take_start_of_program
-
-    take_start_of_program()
-
-# ruff: isort: split
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from searchr1_async.boundary.lazy import lazy_names
-from searchr1_async.watch.representations import register_representations
+from searchr1_async.boundary import lazy_names
+from searchr1_async.watch import register_representations
 
 __version__ = version("searchr1_async")
 
@@ -69,7 +60,6 @@ if TYPE_CHECKING:
     from searchr1_async import errors as errors
     from searchr1_async import evaluation as evaluation
     from searchr1_async import events as events
-    from searchr1_async import rewards as rewards
     from searchr1_async import runs as runs
     from searchr1_async import search as search
     from searchr1_async import testing as testing
@@ -78,46 +68,24 @@ if TYPE_CHECKING:
     from searchr1_async.config import EvalConfig, RolloutConfig, TrainConfig, WarmUp
     from searchr1_async.data.corpus import load_corpus
     from searchr1_async.data.questions import load_questions
-    from searchr1_async.episodes.reward import Score
+    from searchr1_async.episodes import rewards as rewards
+    from searchr1_async.episodes.rewards import Score
     from searchr1_async.episodes.types import Episode, Group, Passage, Question, StopReason, Turn
     from searchr1_async.errors import SearchR1Error
     from searchr1_async.evaluation.evaluate import evaluate
     from searchr1_async.evaluation.judge import Judge
+    from searchr1_async.evaluation.plan import System
     from searchr1_async.evaluation.report import Report, open_report
-    from searchr1_async.evaluation.systems import System
     from searchr1_async.runs.ask import Answer, ask
-    from searchr1_async.runs.estimate import estimate_cost
     from searchr1_async.runs.export import export
     from searchr1_async.runs.folder import TrainingResult
     from searchr1_async.runs.run import Run, open_run
     from searchr1_async.search.search import Search
-    from searchr1_async.training.warm_up import Demonstration
+    from searchr1_async.training.estimate import estimate_cost
+    from searchr1_async.training.initial_weights import Demonstration
 else:
     import_module("searchr1_async.rollout")  # an empty package, bound now: later it would take the name of the function
     del rollout
-    __getattr__, __dir__, _ = lazy_names(
-        __name__,
-        {
-            "searchr1_async.api": "rollout train",
-            "searchr1_async.config": "EvalConfig RolloutConfig TrainConfig WarmUp",
-            "searchr1_async.data.corpus": "load_corpus",
-            "searchr1_async.data.questions": "load_questions",
-            "searchr1_async.episodes.reward": "Score",
-            "searchr1_async.episodes.types": "Episode Group Passage Question StopReason Turn",
-            "searchr1_async.errors": "SearchR1Error",
-            "searchr1_async.evaluation.evaluate": "evaluate",
-            "searchr1_async.evaluation.judge": "Judge",
-            "searchr1_async.evaluation.report": "Report open_report",
-            "searchr1_async.evaluation.systems": "System",
-            "searchr1_async.runs.ask": "Answer ask",
-            "searchr1_async.runs.estimate": "estimate_cost",
-            "searchr1_async.runs.export": "export",
-            "searchr1_async.runs.run": "Run open_run",
-            "searchr1_async.search.search": "Search",
-            "searchr1_async.training.warm_up": "Demonstration",
-            "searchr1_async.runs.folder": "TrainingResult",
-        },
-        namespaces="config errors evaluation events rewards runs search testing trackers",
-    )
+    __getattr__, __dir__, _ = lazy_names(__name__, __file__)
 
 register_representations()  # rich display of episodes and groups in notebooks

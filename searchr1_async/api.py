@@ -5,42 +5,34 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from typing import Annotated
 
 import anyio
 import tinker
 
 from searchr1_async.boundary.paths import FilePath
-from searchr1_async.boundary.settings import checked_arguments, list_of, settings_of
+from searchr1_async.boundary.settings import checked_arguments
 from searchr1_async.config import RolloutConfig, TrainConfig
-from searchr1_async.config.configs import takes_config
-from searchr1_async.data.questions import Questions, checked_questions
-from searchr1_async.episodes.rendering import check_thinking
-from searchr1_async.episodes.reward import RecipeReward, RewardFunction
+from searchr1_async.data.questions import Questions, load_questions
+from searchr1_async.episodes.rewards import RewardFunction
 from searchr1_async.episodes.types import Group
 from searchr1_async.errors import ConfigurationError
-from searchr1_async.events import Emit
+from searchr1_async.events import Emit, EventStreams
 from searchr1_async.runs.control import RunControl
 from searchr1_async.runs.folder import TrainingResult, past_events
-from searchr1_async.runs.rollouts import PlaySettings, ServiceChoice, open_watchers, play_all, playing
+from searchr1_async.runs.rollouts import ServiceChoice, open_watchers, play_all, playing
 from searchr1_async.runs.run import Run
 from searchr1_async.runs.weights import (
-    RECIPE_EPISODES,
-    EpisodeChoice,
     GivenSearch,
     GivenWeights,
     find_weights,
-    model_name,
 )
 from searchr1_async.trackers import Tracker, make_trackers
-from searchr1_async.training.checks import training_job
+from searchr1_async.training.initial_weights import Demonstration
+from searchr1_async.training.job import training_job
 from searchr1_async.training.session import run_training
-from searchr1_async.training.warm_up import Demonstration
-from searchr1_async.watch.dashboard import Choice, open_view
-from searchr1_async.watch.subscribers import EventStreams
+from searchr1_async.watch.views import Choice, open_view
 
 
-@takes_config(TrainConfig, emit="on_event", switch_weights_in_flight="config=sr.TrainConfig(weights_in_flight=…)")
 def train(
     questions: Questions,
     search: GivenSearch,
@@ -48,7 +40,7 @@ def train(
     config: TrainConfig | None = None,
     *,
     held_out: Questions = (),
-    demonstrations: Annotated[Sequence[Demonstration], list_of(Demonstration)] = (),
+    demonstrations: Sequence[Demonstration] = (),
     reward: RewardFunction | None = None,
     service: str | tinker.ServiceClient | None = None,
     resume: bool = False,
@@ -74,11 +66,9 @@ def train(
         reward: ``async def reward(episode) -> float``, or a plain ``def``, which may block and runs in a worker thread (several at
             once). True and False count as 1 and 0. A :class:`Score` names the parts of a reward. None: the recipe's reward.
         service: base URL or client of a Tinker service, or ``"embedded"``. None: the service of ``TINKER_BASE_URL``, else Tinker's
-            cloud if the SDK has credentials (``TINKER_API_KEY``, ``TINKER_CREDENTIAL_CMD``, ``tinker auth login``), else the
-            embedded service, started and stopped with the run. The run's first line reports the choice and why.
+            cloud if the SDK has credentials, else the embedded service, started and stopped with the run, which reports the choice.
         resume: resume the run in ``out_dir`` from its last finished step; start fresh if there is none.
-        progress: True shows the run live in the notebook cell or terminal; ``"widget"``, ``"rich"``, ``"terminal"`` and
-            ``"plain"`` choose how; False shows nothing.
+        progress: True shows the run live in the notebook cell or terminal, ``"plain"`` prints lines, False shows nothing.
         trackers: ``"wandb"``, ``"tensorboard"``, ``"trackio"`` (``pip install 'searchr1_async[wandb]'`` and so on), or your own
             trackers; ``events.jsonl`` and the Parquet tables are always written.
         on_event: called with every :class:`~searchr1_async.events.Event`.
@@ -91,8 +81,10 @@ def train(
     _require_event_loop()
     job = training_job(given)
     opened = make_trackers(trackers, job.out_dir)
-    run = Run(job.out_dir, search, ServiceChoice(service, job.model, job.local, job.tokenizer))
-    view = open_view(progress, title=f"train {job.out_dir.name}", controls=run)
+    run = Run(
+        job.out_dir, search, ServiceChoice(service, job.config.model.name, job.config.local, job.config.model.tokenizer)
+    )
+    view = open_view(progress, title=f"train {job.out_dir.name}")
 
     async def work(control: RunControl, streams: EventStreams) -> TrainingResult:
         async with AsyncExitStack() as stack:
@@ -106,7 +98,6 @@ def train(
     return run
 
 
-@takes_config(RolloutConfig, emit="on_event")
 async def rollout(
     questions: Questions,
     search: GivenSearch,
@@ -132,30 +123,14 @@ async def rollout(
         ServiceError: the service is unreachable or lacks the model or weights.
         TooManyFailuresError: more than ``max_failed_fraction`` of the episodes failed.
     """
-    given = checked_arguments(rollout, locals())
-    config = config or RolloutConfig()
-    model = model_name(config.model.name, service)
-    check_thinking(model, config.episode.renderer, config.episode.thinking)
+    given, config = checked_arguments(rollout, locals()), config or RolloutConfig()
     weights = find_weights(given["checkpoint"], service_folder=given["service_folder"])
-    choice = EpisodeChoice().completed_by(config.episode)
-    play = settings_of(
-        PlaySettings,
-        config.flat(),
-        reward=reward or RecipeReward(),
-        sampling=config.sampling,
-        episodes=weights.episodes(choice, search).completed_by(RECIPE_EPISODES),
-    )
-    items = checked_questions(questions)
+    items = load_questions(questions)
     async with playing(
-        search,
-        play,
-        settings_of(ServiceChoice, config.flat(), service=service, model=model, local=config.local),
-        weights=weights,
-        tells_differences=True,
-        progress=progress,
-        emit=on_event,
-    ) as (engine, policy):
+        search, config, weights, service, reward=reward, tells_differences=True, progress=progress, emit=on_event
+    ) as (engine, policy, play):
         return await play_all(engine, items, policy, samples=play.group_size, phase="rollout", label="")
+    raise AssertionError("playing() hides no exception")
 
 
 def _require_event_loop() -> None:

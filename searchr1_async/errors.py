@@ -1,28 +1,4 @@
-"""The package's exceptions, as one tree.
-
-::
-
-    SearchR1Error
-    ├── ConfigurationError         bad input, refused before any work starts (also a ValueError)
-    │   ├── QuestionsError         a question suite that cannot be used
-    │   ├── CorpusError            a corpus that cannot be used
-    │   ├── ModelError             an unknown model, tokenizer or tool-call format
-    │   └── RunFolderError         a run folder in use, or of another run
-    ├── ServiceError               the Tinker service, embedded or remote
-    │   ├── ServiceUnavailableError  it does not answer
-    │   ├── ServiceStartError      the embedded service did not come up
-    │   └── PortInUseError         its port is taken
-    ├── SearchError                the search tool failed after its retries
-    │   ├── EmbeddingError         the embedder
-    │   ├── StoreError             the vector store
-    │   └── SearchUnavailableError a service of the search was down for longer than the outage limit
-    ├── RewardError                a user's reward function failed or returned no finite number
-    ├── CheckpointError            a checkpoint that cannot be written or read
-    ├── ExportError                trained weights that cannot be exported
-    └── TooManyFailuresError       too large a fraction of the episodes failed
-
-Every message says what happened, where, and what to do; none holds a key or a token.
-"""
+"""The package's exceptions, as one tree. Every message says what happened, where, and what to do; none holds a key or a token."""
 
 import collections.abc
 import contextlib

@@ -1,7 +1,7 @@
 """Facts about Tinker's models: family, chat format, thinking, price, retirement.
 
 The data is in ``models.json``, with source and date. What a service offers, only the service knows
-(:func:`searchr1_async.service.startup.open_service` asks it).
+(:func:`searchr1_async.service.opening.open_service` asks it).
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from searchr1_async.boundary.settings import NotNegative, check_settings
 
@@ -24,11 +24,7 @@ default: off if possible, else the lowest effort."""
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """US dollars per million tokens.
-
-    Raises:
-        ConfigurationError: not a number, or below 0.
-    """
+    """US dollars per million tokens. Raises ConfigurationError: not a number, or below 0."""
 
     prefill: NotNegative
     sample: NotNegative
@@ -49,14 +45,16 @@ class ChatFormat:
     name: str
     renderer: str | None
     """Of the ``renderers`` package, or ``"chatml"``; None if neither supports the format."""
-    thinking: Mapping[str, Mapping[str, Any]]
+    thinking: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Supported modes (``"off"``, ``"on"`` or an effort), with the renderer's options for each."""
-    default: str | None
+    default: str | None = None
     """Key of ``thinking`` used by default."""
-    checked: str
+    checked: str = ""
     """What the format was checked against, or why it was not."""
     refusal: str = ""
     """Why there is no renderer."""
+    models: Sequence[str] = ()
+    """Models with this format that Tinker never offered."""
 
     @property
     def choices(self) -> tuple[bool | str, ...]:
@@ -66,28 +64,56 @@ class ChatFormat:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model, by its name at the service."""
+    """A model, by its name at the service (with its suffix, if any)."""
 
     name: str
-    """With its suffix, if any."""
     family: str
     format: ChatFormat
     parameters: float
     """Billions, over all experts."""
-    is_base: bool
-    """Pretrained on text only, not tuned for chat."""
     is_offered: bool
     """Listed by Tinker at the table's date."""
-    retired: str | None
+    is_base: bool = False
+    """Pretrained on text only, not tuned for chat."""
+    retired: str | None = None
     """Date of retirement by Tinker, ``YYYY-MM-DD``."""
-    replacements: tuple[str, ...]
-    """Tinker's recommended replacements."""
-    replacement_note: str
+    replacements: Sequence[str] = ()
+    """Recommended by Tinker."""
+    replacement_note: str = ""
     """How to use the replacement, such as ``thinking off``."""
-    price: Price | None
+    price: Price | None = None
     """Of exactly this name: a variant with a suffix does not have the plain model's price."""
-    variants: tuple[str, ...]
+    variants: tuple[str, ...] = ()
     """Suffixes it is also offered with, such as ``:peft:262144`` for a context of 262,144 tokens."""
+
+
+class _Table(NamedTuple):
+    default: str
+    formats: dict[str, ChatFormat]
+    models: dict[str, Model]
+    """By plain name, offered models first."""
+    prices: dict[str, Price]
+    """By exact name."""
+
+
+@cache
+def _table() -> _Table:
+    data = json.loads(Path(__file__).with_name("models.json").read_text(encoding="utf-8"))
+    table = _Table(
+        data["default"], {name: ChatFormat(name, **given) for name, given in data["formats"].items()}, {}, {}
+    )
+    for given in data["models"]:
+        name, variants = given["name"], given.get("variants", {})
+        for suffix, priced in {"": given, **variants}.items():
+            if "price" in priced:
+                table.prices[name + suffix] = Price(**priced["price"])
+        chosen = {
+            "format": table.formats[given["format"]],
+            "price": table.prices.get(name),
+            "variants": tuple(variants),
+        }
+        table.models[name] = Model(**given | chosen)
+    return table
 
 
 def plain_name(name: str) -> str:
@@ -97,11 +123,8 @@ def plain_name(name: str) -> str:
 
 def find_model(name: str) -> Model | None:
     """The table's entry for a model, or None. A suffix changes only the price."""
-    table, plain = _table(), plain_name(name)
-    model = table.models.get(plain)
-    if model is None or name == plain:
-        return model
-    return replace(model, name=name, price=table.prices.get(name))
+    model = _table().models.get(plain_name(name))
+    return model and replace(model, name=name, price=find_price(name))
 
 
 def known_models() -> tuple[Model, ...]:
@@ -109,9 +132,9 @@ def known_models() -> tuple[Model, ...]:
     return tuple(_table().models.values())
 
 
-def known_prices() -> Mapping[str, Price]:
-    """All prices of the table, by model name."""
-    return _table().prices
+def find_price(name: str) -> Price | None:
+    """Tinker's price of a model by its exact name, suffix included; None if unknown."""
+    return _table().prices.get(name)
 
 
 def find_format(name: str) -> ChatFormat | None:
@@ -121,7 +144,7 @@ def find_format(name: str) -> ChatFormat | None:
 
 def format_named_for(model: str) -> ChatFormat | None:
     """The format the table gives for a model that Tinker never offered, or None."""
-    return _table().others.get(plain_name(model))
+    return next((chat for chat in _table().formats.values() if plain_name(model) in chat.models), None)
 
 
 def default_cloud_model() -> str:
@@ -130,113 +153,43 @@ def default_cloud_model() -> str:
 
 
 def nearest_names(name: str, offered: Iterable[str], count: int = 5) -> list[str]:
-    """The most similar offered names, best first: variants of the same model, then its family."""
-    wanted = plain_name(name)
+    """The most similar offered names, best first: its family, and of that the most similar names."""
     model = find_model(name)
 
-    def likeness(other: str) -> tuple[bool, float]:
-        found = find_model(other)
+    def likeness(other: str) -> tuple[bool, float, bool]:
+        found, plain = find_model(other), plain_name(other)
         is_kin = model is not None and found is not None and found.family == model.family
-        alike = difflib.SequenceMatcher(None, wanted.lower(), plain_name(other).lower()).ratio()
-        return (is_kin, alike)
+        alike = difflib.SequenceMatcher(None, plain_name(name).lower(), plain.lower()).ratio()
+        return is_kin, alike, plain == other
 
-    return sorted(offered, key=lambda other: (*likeness(other), plain_name(other) == other), reverse=True)[:count]
+    return sorted(offered, key=likeness, reverse=True)[:count]
 
 
 def nearest_of_family(name: str, offered: Iterable[str]) -> str | None:
     """The best offered substitute: of the same family, tuned for chat, in a supported format. None if the family is not offered.
 
-    Nearest in size first (on a tie the smaller), then the same chat format, then the table's order.
+    Nearest in size first, on a tie the smaller; then the plain model, whose context costs less; then the same chat format.
     """
-    model = find_model(name)
-    if model is None:
+    if (model := find_model(name)) is None:
         return None
-    order = list(_table().models)
 
-    def distance(other: Model) -> tuple[float, float, bool, int]:
+    def distance(other: Model) -> tuple[float, float, bool, bool]:
         apart = abs(math.log(other.parameters / model.parameters))
-        return (apart, other.parameters, other.format != model.format, order.index(plain_name(other.name)))
+        return apart, other.parameters, other.name != plain_name(other.name), other.format != model.format
 
-    kin = [found for other in offered if (found := find_model(other)) is not None]
-    kin = [other for other in kin if other.family == model.family and not other.is_base and other.format.renderer]
-    # A variant with a longer context costs more: only if the plain model is not offered.
-    kin.sort(key=lambda other: (distance(other)[:2], other.name != plain_name(other.name), distance(other)))
-    return kin[0].name if kin else None
+    known = [found for other in offered if (found := find_model(other)) is not None]
+    fitting = [each for each in known if each.family == model.family and not each.is_base and each.format.renderer]
+    return min(fitting, key=distance).name if fitting else None
 
 
 def replacements_for(name: str, offered: Iterable[str] | None = None) -> list[str]:
     """Tinker's recommended replacements of a retired model; retired ones are replaced in turn.
 
     Args:
-        offered: the service's models, to filter by; None: no filter.
+        offered: the service's models, to filter by; None: those of the table that are not retired.
     """
-    names = None if offered is None else set(offered)
-    found: list[str] = []
-    waiting = [plain_name(name)]
-    seen = set(waiting)
-    while waiting:
-        model = find_model(waiting.pop(0))
-        for other in () if model is None else model.replacements:
-            if other in seen:
-                continue
-            seen.add(other)
-            successor = find_model(other)
-            is_here = other in names if names is not None else successor is None or successor.retired is None
-            if is_here:
-                found.append(other)
-            else:
-                waiting.append(other)
-    return found
-
-
-@dataclass(frozen=True, slots=True)
-class _Table:
-    default: str
-    formats: Mapping[str, ChatFormat]
-    models: Mapping[str, Model]
-    prices: Mapping[str, Price]
-    others: Mapping[str, ChatFormat]
-
-
-@cache
-def _table() -> _Table:
-    data = json.loads(Path(__file__).with_name("models.json").read_text(encoding="utf-8"))
-    formats = {
-        name: ChatFormat(
-            name,
-            given["renderer"],
-            given.get("thinking", {}),
-            given.get("default"),
-            given.get("checked", ""),
-            given.get("refusal", ""),
-        )
-        for name, given in data["formats"].items()
-    }
-    models = {given["name"]: _model(given, formats) for given in data["models"]}
-    prices = {name: model.price for name, model in models.items() if model.price is not None}
-    for given in data["models"]:
-        for suffix, variant in given.get("variants", {}).items():
-            if "price" in variant:
-                prices[given["name"] + suffix] = _price(variant["price"])
-    others = {name: formats[key] for key, given in data["formats"].items() for name in given.get("models", ())}
-    return _Table(data["default"], formats, models, prices, others)
-
-
-def _model(given: Mapping[str, Any], formats: Mapping[str, ChatFormat]) -> Model:
-    return Model(
-        name=given["name"],
-        family=given["family"],
-        format=formats[given["format"]],
-        parameters=given["parameters"],
-        is_base=given.get("base", False),
-        is_offered=given["offered"],
-        retired=given.get("retired"),
-        replacements=tuple(given.get("replacements", ())),
-        replacement_note=given.get("replacement_note", ""),
-        price=_price(given["price"]) if "price" in given else None,
-        variants=tuple(given.get("variants", ())),
-    )
-
-
-def _price(given: Mapping[str, Any]) -> Price:
-    return Price(given["prefill"], given["sample"], given.get("train"), given["as_of"], given.get("remark", ""))
+    names = {each.name for each in known_models() if not each.retired} if offered is None else set(offered)
+    model, found = find_model(plain_name(name)), dict[str, None]()
+    for other in () if model is None else model.replacements:
+        found |= dict.fromkeys([other] if other in names else replacements_for(other, names))
+    return list(found)

@@ -1,7 +1,8 @@
-"""Configs: flat names, concerns, equality, TOML and JSON, and errors that name the setting."""
+"""Configs: flat names, concerns, equality, TOML, and errors that name the setting."""
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import FrozenInstanceError, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 import searchr1_async as sr
 from searchr1_async.config import AskConfig, BatchSettings, Config, EvalConfig, RolloutConfig, TrainConfig
-from searchr1_async.config.configs import places_of
+from searchr1_async.config.base import places_of
 from searchr1_async.models import Price
 
 KINDS: list[type[Config]] = [TrainConfig, RolloutConfig, EvalConfig, AskConfig]
@@ -46,7 +47,7 @@ OWN: dict[type[Config], dict[str, st.SearchStrategy[Any]]] = {
         "loss_config": st.dictionaries(texts, st.floats(-10, 10), max_size=3),
         "warm_up": st.none() | st.builds(sr.WarmUp, steps=counts),
         "price": st.none() | st.builds(Price, numbers, numbers, st.none() | numbers, texts, texts),
-        "max_cost": st.none() | numbers,
+        "max_cost": st.none() | numbers.filter(bool),
         "drop_constant_groups": st.booleans(),
         "start_from": st.none() | st.just("tinker://run/weights/1"),
     },
@@ -65,10 +66,9 @@ OWN: dict[type[Config], dict[str, st.SearchStrategy[Any]]] = {
 @pytest.mark.parametrize("kind", KINDS)
 @settings(deadline=None, max_examples=50)
 @given(data=st.data())
-def test_toml_and_json_round_trip(kind: type[Config], data: st.DataObject) -> None:
+def test_toml_round_trip(kind: type[Config], data: st.DataObject) -> None:
     config = kind(**data.draw(st.fixed_dictionaries({}, optional=COMMON | OWN[kind])))
     assert kind.from_toml(config.to_toml()) == config
-    assert kind.from_json(config.to_json()) == config
     assert kind(**config.flat()) == config
     assert kind(**config.to_dict()) == config
     assert config.replace() == config
@@ -82,6 +82,14 @@ def test_every_setting_has_one_flat_name(kind: type[Config]) -> None:
     assert kind().to_toml() == kind(**kind().flat()).to_toml()
     assert repr(kind()) == f"{kind.__name__}()"
     assert all(getattr(sr.config, type(each.default).__name__) is type(each.default) for each in concerns), "all public"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_signature_shows_the_flat_names(kind: type[Config]) -> None:
+    parameters = inspect.signature(kind).parameters
+    assert {name: each.default for name, each in parameters.items()} == kind().flat()
+    assert parameters["max_tokens"].annotation == int | None
+    assert str(parameters["temperature"]) == "temperature: float = " + str(kind().flat()["temperature"])
 
 
 def test_flat_names_are_read_by_concern() -> None:
@@ -100,45 +108,36 @@ def test_flat_names_are_read_by_concern() -> None:
 def test_concerns_and_tables_are_accepted() -> None:
     whole = TrainConfig(batch=BatchSettings(group_size=4), local=sr.config.LocalOptions(threads=2), minibatches=2)
     assert whole == TrainConfig(batch={"group_size": 4, "minibatches": 2}, threads=2)
-    assert TrainConfig(local=None) == TrainConfig(loss_config=None) == TrainConfig()
+    assert TrainConfig(loss_config=None) == TrainConfig()
     text = 'group_size = 4\nmodel = "m"\n[length]\nsteps = 3\n[warm_up]\nsteps = 2\n'
     assert TrainConfig.from_toml(text) == TrainConfig(group_size=4, model="m", steps=3, warm_up=sr.WarmUp(steps=2))
-    assert TrainConfig.from_json('{"length": {"steps": 3}}') == TrainConfig(steps=3)
 
 
 def test_a_file_is_read_back(tmp_path: Path) -> None:
     config = TrainConfig(instructions='say "é"\n\x7f\t\\', seed=5, loss_config={"a b": 0.5})
     config.save(str(tmp_path / "config.toml"))
     assert TrainConfig.load(tmp_path / "config.toml") == TrainConfig.load(str(tmp_path / "config.toml")) == config
-    (tmp_path / "config.json").write_text(config.to_json(), encoding="utf-8")
-    assert TrainConfig.load(tmp_path / "config.json") == config
     with pytest.raises(sr.errors.ConfigurationError, match=r"cannot read the settings .*none\.toml"):
         TrainConfig.load(tmp_path / "none.toml")
 
 
-def test_presets() -> None:
-    recipe, laptop = TrainConfig.search_r1(), TrainConfig.laptop()
-    assert (recipe.batch.groups_per_batch, recipe.length.steps, recipe.episode.max_tokens) == (512, None, 1024)
-    assert (laptop.batch.groups_per_batch, laptop.length.steps, laptop.episode.max_tokens) == (8, 12, 64)
-
-
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "reported"),
     [
         ({"gruop_size": 8}, "TrainConfig has no setting 'gruop_size': did you mean group_size"),
-        ({"group_size": 8.0}, r"group_size is 8.0 \(float\): expected an integer"),
-        ({"group_size": 1}, "group_size is 1: it must be at least 2"),
-        ({"learning_rate": "1e-4"}, r"learning_rate is '1e-4' \(str\): expected a number"),
-        ({"episode_time_limit": -1}, "episode_time_limit is -1.0: it must be over 0"),
-        ({"sampling_deadline": 0}, "sampling_deadline is 0.0: it must be over 0"),
+        ({"group_size": 8.0}, r"group_size is 8.0 \(float\): it should be a valid integer"),
+        ({"group_size": 1}, r"group_size is 1 \(int\): it should be greater than or equal to 2"),
+        ({"learning_rate": "1e-4"}, r"learning_rate is '1e-4' \(str\): it should be a valid number"),
+        ({"episode_time_limit": -1}, r"episode_time_limit is -1 \(int\): it should be greater than 0"),
+        ({"sampling_deadline": 0}, r"sampling_deadline is 0 \(int\): it should be greater than 0"),
         ({"warm_up": True}, "warm_up is True"),
         ({"warm_up": {"steps": 0}}, "warm_up.steps is 0"),
         ({"batch": {"size": 8}}, "batch has no setting 'size': it has drop_constant_groups"),
         ({"batch": {"group_size": "8"}}, "batch.group_size is '8'"),
-        ({"batch": 8}, r"batch is 8 \(int\): expected an instance of BatchSettings"),
-        ({"local": 8}, r"local is 8 \(int\): expected an instance of LocalOptions"),
-        ({"price": {"prefill": -1, "sample": 1}}, "price.prefill is -1.0"),
-        ({"price": {"prefill": 1}}, "price has no sample: it needs prefill, sample"),
+        ({"batch": 8}, r"batch is 8 \(int\): it should be an instance of BatchSettings"),
+        ({"local": 8}, r"local is 8 \(int\): it should be an instance of LocalOptions"),
+        ({"price": {"prefill": -1, "sample": 1}}, "prefill is -1 "),
+        ({"price": {"prefill": 1}}, "price: Price.__init__\\(\\) missing 1 required positional argument: 'sample'"),
         ({"max_cost": "5"}, "max_cost is '5'"),
         ({"seed": None}, "seed is None"),
         ({"model": " "}, "model is ' '"),
@@ -153,25 +152,20 @@ def test_presets() -> None:
         ({"synchronous": True, "max_staleness": 1}, "synchronous learning is on-policy"),
     ],
 )
-def test_errors_name_the_setting(settings: dict[str, Any], told: str) -> None:
-    with pytest.raises(sr.errors.ConfigurationError, match=told):
+def test_errors_name_the_setting(settings: dict[str, Any], reported: str) -> None:
+    with pytest.raises(sr.errors.ConfigurationError, match=reported):
         TrainConfig(**settings)
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "reported"),
     [
         ("group_size = ", "the settings are not TOML"),
         ("[batch]\ngroup_size = 'x'", "batch.group_size is 'x'"),
+        ("[sampling.temperature]\nx = 'none'", "sampling.temperature is .'x': 'none'."),
         ("[bath]\ngroup_size = 1", "TrainConfig has no setting 'bath': did you mean"),
     ],
 )
-def test_bad_toml_is_refused(text: str, told: str) -> None:
-    with pytest.raises(sr.errors.ConfigurationError, match=told):
+def test_bad_toml_is_refused(text: str, reported: str) -> None:
+    with pytest.raises(sr.errors.ConfigurationError, match=reported):
         TrainConfig.from_toml(text)
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"group_size": "x"}'])
-def test_bad_json_is_refused(text: str) -> None:
-    with pytest.raises(sr.errors.ConfigurationError, match=r"the settings are|group_size"):
-        TrainConfig.from_json(text)

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 import searchr1_async as sr
-from searchr1_async.cli.main import main
-from searchr1_async.records.run_records import GroupOutcome, RunRecords
+from searchr1_async.cli import main
+from searchr1_async.episodes.types import GroupOutcome
+from searchr1_async.records.run_records import RunRecords
 from tests import tiny_world
 from tests.watch.builders import group
 
@@ -41,7 +42,7 @@ def test_the_package_is_a_command() -> None:
         ("index", "--path --host --port --ssl --collection --token-from --embedder"),
         (
             "wiki18",
-            "--folder --keep-archive --repository --archive --revision --endpoint --compact --embedder --vectors --recall --questions --keep",
+            "--folder --compact --embedder --recall --questions --keep",
         ),
     ],
 )
@@ -71,9 +72,9 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
 
 def test_bad_settings_end_with_one_line_and_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["atlas", "--out-dir", str(tmp_path / "run"), "--group-size", "1"]) == 1
-    told = capsys.readouterr().err
-    assert told.startswith("ConfigurationError: group_size is 1")
-    assert len(told.splitlines()) == 1
+    reported = capsys.readouterr().err
+    assert reported.startswith("ConfigurationError: group_size is 1")
+    assert len(reported.splitlines()) == 1
     assert not (tmp_path / "run").exists()
 
 
@@ -90,9 +91,9 @@ def closed_pipe() -> int:
 )
 def test_a_closed_output_pipe_does_not_break_the_command(tmp_path: Path, arguments: list[str], status: int) -> None:
     RunRecords(tmp_path / "RUN").write_step(1, [GroupOutcome(0, group())], {})
-    told = tmp_path / "told"
+    reported = tmp_path / "reported"
     writer = closed_pipe()
-    with told.open("wb") as other:
+    with reported.open("wb") as other:
         out, err = (writer, other) if status == 0 else (other, writer)
         found = subprocess.run(
             [*COMMAND, *arguments],
@@ -105,7 +106,7 @@ def test_a_closed_output_pipe_does_not_break_the_command(tmp_path: Path, argumen
         )
     os.close(writer)
     assert found.returncode == status
-    assert told.read_text() == ""
+    assert reported.read_text() == ""
     if arguments[-1] == "RUN":
         assert (tmp_path / "RUN" / "view.html").exists()
 
@@ -113,15 +114,16 @@ def test_a_closed_output_pipe_does_not_break_the_command(tmp_path: Path, argumen
 def test_an_interrupt_during_import_is_one_line() -> None:
     """Importing a command takes seconds, and Ctrl-C interrupts whichever module is being read."""
     code = """
-import runpy, signal, sys
+import signal, sys
 class Interrupting:
     def find_spec(self, name, *rest):
-        if name == "searchr1_async.episodes.formats":
+        if name == "searchr1_async.episodes.prompts":
             signal.raise_signal(signal.SIGINT)
+from searchr1_async.cli import entry
+signal.signal(signal.SIGINT, signal.default_int_handler)  # these tests may run in the background of a shell
 sys.meta_path.insert(0, Interrupting())
-sys.argv = ["-m", "view", "RUN"]
-sys.orig_argv = [sys.executable, "-m", "searchr1_async", "view", "RUN"]
-runpy.run_module("searchr1_async", run_name="__main__", alter_sys=True)
+sys.argv = ["searchr1", "view", "RUN"]
+entry()
 """
     found = subprocess.run(
         [sys.executable, "-c", code],
@@ -131,15 +133,15 @@ runpy.run_module("searchr1_async", run_name="__main__", alter_sys=True)
         check=False,
         env=tiny_world.child_environment(),
     )
-    assert (found.returncode, found.stdout, found.stderr) == (130, "", "Stopped immediately.\n")
+    assert (found.returncode, found.stdout, found.stderr) == (-signal.SIGINT, "", "\nStopped.\n")
 
 
 INTERRUPTED = """
 import sys
 from pathlib import Path
 import searchr1_async as sr
-import searchr1_async.cli.atlas_run as job
-import searchr1_async.cli.main as command
+import searchr1_async.cli.atlas as job
+import searchr1_async.cli as command
 from searchr1_async.events import StepFinished
 from tests import tiny_world
 
@@ -167,7 +169,7 @@ sys.exit(command.main(["atlas", "--out-dir", str(world / "run"), "--steps", "300
 def test_control_c_ends_the_command_cleanly_and_resumably(tmp_path: Path) -> None:
     """A terminal's Ctrl-C: everything is closed, the folder is intact, and the service is gone."""
     from searchr1_async.records.run_records import RunRecords
-    from searchr1_async.runs.checkpoints import ResumePoint
+    from searchr1_async.runs.resume import ResumePoint
 
     process = subprocess.Popen(
         [sys.executable, "-c", INTERRUPTED, tmp_path, tiny_world.model_folder()],

@@ -11,8 +11,8 @@ from searchr1_async.models import (
     default_cloud_model,
     find_format,
     find_model,
+    find_price,
     known_models,
-    known_prices,
     nearest_names,
     nearest_of_family,
     plain_name,
@@ -62,7 +62,8 @@ def test_a_suffix_is_the_same_model_at_its_own_price() -> None:
     unpriced = find_model("Qwen/Qwen3-8B:peft:131072")
     assert unpriced is not None
     assert unpriced.price is None
-    assert set(known_prices()) > {"Qwen/Qwen3.8-27B:peft:262144", "Qwen/Qwen3.8-27B"}
+    assert find_price("Qwen/Qwen3.8-27B:peft:262144") == long.price
+    assert find_price("Qwen/Qwen3-8B:peft:131072") is None
 
 
 def test_unknown_names_are_not_guessed() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 import searchr1_async as sr
 from searchr1_async.local.scripted_backend import ScriptedBackend
-from searchr1_async.runs.checkpoints import ResumePoint
+from searchr1_async.runs.resume import ResumePoint
 from tests import tiny_world
 from tests.episodes.stand_in import stand_in
 from tests.local.serving import KEY, service_thread

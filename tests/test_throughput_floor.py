@@ -18,7 +18,7 @@ from benchmarks.throughput.floor import (
     streaming_floor,
     synchronous_floor,
 )
-from searchr1_async.local.scripted_backend import Served, ServedSequence, TrainingTimes
+from searchr1_async.local.process import Served, ServedSequence, TrainingTimes
 
 TIMES = TrainingTimes(per_token=0.001, optim_step=0.5, save=1.5)
 BATCH = [GroupCourse(1.0, 2.0), GroupCourse(10.0, 1.0), GroupCourse(2.0, 2.0)]
@@ -39,7 +39,7 @@ def world(subjects: int = 4) -> World:
 
 
 def test_a_batch_against_hand_computed_values() -> None:
-    # The first trains from 1 to 3, the third from 3 to 5, the second from 10 to 11; then optimiser and save.
+    # The first trains from 1 to 3, the third from 3 to 5, the second from 10 to 11; then optimizer and save.
     assert streaming_floor([BATCH], TIMES) == [13.0]
     assert synchronous_floor([BATCH], TIMES) == [17.0]
     # Two batches: the trainer has 1 + 2 * 5 + 2 * 2 = 15 s of work; both may be rolled out from the start.

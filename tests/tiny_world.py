@@ -22,7 +22,7 @@ from typing import Any, TypeVar, cast
 
 import searchr1_async as sr
 from searchr1_async.config import Config
-from searchr1_async.config.configs import places_of
+from searchr1_async.config.base import places_of
 from searchr1_async.testing import HashingEmbedder, make_tiny_model
 
 PLACES = tuple("".join(syllables) for syllables in itertools.product(("ba", "ko", "mi", "tu"), ("rin", "dor", "sel")))
@@ -160,7 +160,7 @@ WARM_UP = sr.WarmUp(steps=20, batch_size=16, learning_rate=4e-3)
 def given(kind: type[Config], *settings: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     """The keywords of a call: those of its settings as ``config``, the others as they are."""
     values = {name: value for mapping in (*settings, more) for name, value in mapping.items()}
-    names = {*places_of(kind), *(each.name for each in fields(kind)), "switch_weights_in_flight"}
+    names = {*places_of(kind), *(each.name for each in fields(kind))}
     config = kind(**{name: value for name, value in values.items() if name in names})
     return {"config": config} | {name: value for name, value in values.items() if name not in names}
 
@@ -224,7 +224,7 @@ def service_processes(parent: int | None = None) -> list[int]:
     return [
         int(row[0])
         for row in rows
-        if len(row) == 3 and row[1] == wanted and "searchr1_async/local/__main__.py" in row[2]
+        if len(row) == 3 and row[1] == wanted and "-m searchr1_async.local --child" in row[2]
     ]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import searchr1_async as sr
-from searchr1_async.search import places
+from searchr1_async.search import retrievers
 from searchr1_async.testing import HashingEmbedder
 from tests import tiny_world
 
@@ -33,7 +33,7 @@ class TrainedRun:
 
 def with_hashed_words(patch: pytest.MonkeyPatch) -> None:
     """An embedder of any name is the tiny world's, so that a search can be described."""
-    patch.setattr(places, "make_embedder", lambda embedder: HashingEmbedder())
+    patch.setattr(retrievers, "make_embedder", lambda embedder: HashingEmbedder())
 
 
 def settings(**changes: Any) -> dict[str, Any]:

@@ -15,16 +15,21 @@ from pathlib import Path
 import polars as pl
 
 from benchmarks.shared.report import write_result
-from searchr1_async.cli.atlas_run import AtlasSettings, run_atlas
+from searchr1_async.cli.atlas import CONFIG, run_atlas
 from searchr1_async.evaluation import Evaluation, comparison_table
 from searchr1_async.records.run_records import RunRecords
+
+
+def by_hop(evaluation: Evaluation) -> dict[str, Evaluation]:
+    parts = sorted((str(hop), own) for (hop,), own in evaluation.scores.group_by("hop") if hop is not None)
+    return {name: Evaluation(name, own, evaluation.step) for name, own in parts}
 
 
 def rows(seed: int, evaluations: tuple[Evaluation, ...], minutes: float, steps: int) -> list[dict[str, object]]:
     """One row an evaluation, whole and by hop."""
     out = []
     for evaluation in evaluations:
-        for part, selected in (("all", evaluation), *sorted(evaluation.by_hop.items())):
+        for part, selected in (("all", evaluation), *by_hop(evaluation).items()):
             low, high = selected.exact_match_interval
             out.append(
                 {
@@ -53,14 +58,13 @@ def main() -> None:
     table: list[dict[str, object]] = []
     body: list[str] = []
     for seed in options.seeds:
-        settings = AtlasSettings(out_dir=options.folder / f"seed-{seed}", seed=seed)
         began = time.monotonic()
-        result, text = asyncio.run(run_atlas(settings))
+        result, text = asyncio.run(run_atlas(options.folder / f"seed-{seed}", CONFIG.replace(seed=seed)))
         minutes = (time.monotonic() - began) / 60
         print(text, flush=True)
         table += rows(seed, result.evaluations, minutes, result.steps)
-        by_hop = [
-            f"{label}: " + ", ".join(f"{hop}-hop {part.exact_match:.2f}" for hop, part in sorted(e.by_hop.items()))
+        hops = [
+            f"{label}: " + ", ".join(f"{hop}-hop {part.exact_match:.2f}" for hop, part in by_hop(e).items())
             for label, e in ((e.label, e) for e in result.evaluations)
         ]
         training = RunRecords(result.out_dir).metrics().select("progress/batch", "env/all/correct", "time/total")
@@ -68,6 +72,6 @@ def main() -> None:
         body.append(
             f"## Seed {seed}: {result.steps} steps, {minutes:.1f} minutes in all\n\n```\n"
             f"{comparison_table(result.evaluations)}\n```\n\n"
-            f"By hop: {'; '.join(by_hop)}\n\nExact match of the training episodes by step: {reward}"
+            f"By hop: {'; '.join(hops)}\n\nExact match of the training episodes by step: {reward}"
         )
     write_result("atlas_seeds", "The main job over several seeds", body, pl.DataFrame(table))

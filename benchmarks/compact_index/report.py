@@ -236,9 +236,7 @@ def _recall(rows: Sequence[Row]) -> Any:
         line = alt.Chart(pl.DataFrame(curves)).mark_line(color=COLORS["compact"], strokeWidth=1.3, opacity=0.6)
         layers.insert(1, line.encode(x=x, y=y, detail=["series:N", "vectors:N"]))
         ends = {(point["series"], point["vectors"]): point for point in curves}  # the last is the fastest of each
-        named = [
-            {**end, "label": size + (" int8" if vectors == "int8" else "")} for (size, vectors), end in ends.items()
-        ]
+        named = [{**end, "label": size} for (size, _), end in ends.items()]
         words = alt.Chart(pl.DataFrame(named)).mark_text(
             align="left", dx=4, dy=-6, fontSize=11, color=COLORS["compact"]
         )
@@ -310,7 +308,7 @@ NOTES = """How it was measured:
   ones, which are made of real neighbours' differences so that what lies near a row looks as it does among the real ones
   (benchmarks/shared/extended_vectors.py; how near that comes: compact_geometry.md). Their passages are real titles, the first 100
   characters of real texts, and the row's number; whole texts would take 10 GB more of disk at 21 million, and no more memory.
-- Recall is that of the exact nearest among all float32 rows, found by comparing each question with each row as it was made.
+- Recall is measured against the exact nearest of all float32 rows, found by comparing each question with each row when it was made.
   The builder chose lists to probe and candidates from 500 other real questions, for a recall@3 of 0.95.
 - Every figure is of a process of its own. Own memory is anonymous (RssAnon), that of files is mapped (RssFile) and can be
   taken back by the system at any time; both hold Python and its libraries.

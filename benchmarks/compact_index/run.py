@@ -29,7 +29,6 @@ from typing import Any
 from benchmarks.compact_index.report import report
 from benchmarks.shared.processes import child_environment, command_of
 from searchr1_async.boundary.paths import folder_bytes
-from searchr1_async.search import CompactSettings
 from searchr1_async.search.builders import needed_bytes
 
 SIZES = (1_000_000, 5_000_000, 21_015_324)
@@ -41,7 +40,7 @@ _PASSAGE_BYTES = 250
 
 
 class Failed(RuntimeError):
-    """A stage did not end well; what it said stands above."""
+    """A stage failed; its output is above."""
 
 
 class Bench:
@@ -62,7 +61,7 @@ class Bench:
         return [
             *command_of("benchmarks.compact_index.stage", stage),
             *("--data", str(options.data), "--work", str(options.work), "--rows", str(self._rows)),
-            *("--index", str(self._index), "--vectors", options.vectors, "--questions", str(options.questions)),
+            *("--index", str(self._index), "--questions", str(options.questions)),
             *("--characters", str(options.characters), "--patience", str(options.patience)),
             *real,
             *more,
@@ -153,7 +152,7 @@ class Bench:
 
 def build_compact(bench: Bench, rows: int, options: argparse.Namespace) -> dict[str, Any]:
     """Builds one index, or takes the one that is there."""
-    needed = needed_bytes(rows, 768, CompactSettings(vectors=options.vectors), _PASSAGE_BYTES)
+    needed = needed_bytes(rows, 768, _PASSAGE_BYTES)
     needed -= folder_bytes(bench._index)  # of a build that was begun
     if (free := shutil.disk_usage(options.work).free) < needed and not (bench._index / "manifest.json").exists():
         raise Failed(
@@ -180,7 +179,7 @@ def measure(contender: str, rows: int, options: argparse.Namespace) -> dict[str,
     Raises:
         Failed: a stage did not end well, or the disk is too full.
     """
-    name = f"{contender}-{options.vectors}-{rows}" if contender == "compact" else f"{contender}-{rows}"
+    name = f"{contender}-float16-{rows}" if contender == "compact" else f"{contender}-{rows}"
     bench = Bench(options, rows, options.work / name)
     built: dict[str, Any] = {}
     if contender == "compact":
@@ -196,7 +195,7 @@ def measure(contender: str, rows: int, options: argparse.Namespace) -> dict[str,
         shutil.rmtree(bench._index, ignore_errors=True)
     return {
         "contender": contender,
-        "vectors": options.vectors if contender == "compact" else "float32",
+        "vectors": "float16" if contender == "compact" else "float32",
         "rows": rows,
         "real": prepared["real"],
         "questions": options.questions,
@@ -282,7 +281,6 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of questions, passages and transcripts")
     parser.add_argument("--work", type=Path, required=True, help="where vectors, indexes and figures are kept")
     parser.add_argument("--rows", type=int, nargs="*", default=list(SIZES))
-    parser.add_argument("--vectors", choices=("float16", "int8"), default="float16")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=["compact"])
     parser.add_argument("--questions", type=int, default=512, help="real ones that recall and speed are measured of")
     parser.add_argument("--characters", type=int, default=100, help="of each passage's text")

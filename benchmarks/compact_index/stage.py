@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from benchmarks.shared.extended_vectors import ExtendedVectors, Extension, kept_
 from benchmarks.shared.real_vectors import RealVectors, real_vectors
 from searchr1_async.episodes.prompts import clean_query
 from searchr1_async.events import Event, PhaseEnded
-from searchr1_async.search import CompactSettings, CompactStore, Store, Vectors, build_compact_index
+from searchr1_async.search import CompactStore, Store, Vectors, build_compact_index
 from searchr1_async.search.stores.sources import Block
 
 RESULTS = 10
@@ -55,7 +55,7 @@ class Asked:
 
     @classmethod
     def load(cls, path: Path) -> Asked:
-        """What :meth:`save` wrote: whoever serves has nothing else of the real vectors in memory."""
+        """What :meth:`save` wrote: a server has nothing else of the real vectors in memory."""
         with np.load(path) as kept:
             return cls(kept["texts"].tolist(), kept["tested"], kept["calibrating"], kept["others"])
 
@@ -113,7 +113,7 @@ class Observed(ExtendedVectors):
     def observe(self, exact: ExactNearest) -> None:
         self._exact, self.whole = exact, False
 
-    async def blocks(self, start: int) -> AsyncIterator[Block]:
+    async def blocks(self, start: int) -> AsyncGenerator[Block]:
         row = start
         async for passages, vectors in super().blocks(start):
             await anyio.to_thread.run_sync(self._exact.show, row, vectors)
@@ -169,10 +169,7 @@ def build(options: argparse.Namespace, real: RealVectors, asked: Asked) -> dict[
     source = Observed(real, extension, options.rows, characters=options.characters)
     exact = ExactNearest(asked.tested)
     source.observe(exact)
-    settings = CompactSettings(vectors=options.vectors)
-    report = asyncio.run(
-        build_compact_index(source, options.index, queries=asked.calibrating, settings=settings, emit=note)
-    )
+    report = asyncio.run(build_compact_index(source, options.index, queries=asked.calibrating, on_event=note))
     if source.whole:
         path = exact_path(options)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -181,7 +178,7 @@ def build(options: argparse.Namespace, real: RealVectors, asked: Asked) -> dict[
     chosen = report.manifest.calibration
     return {
         "build_seconds": report.seconds - exact.seconds,
-        "bytes": report.bytes,
+        "bytes": report.manifest.bytes,
         "file_bytes": {name: record.bytes for name, record in report.manifest.files.items()},
         "phases": phases,
         "lists": report.manifest.lists,
@@ -238,7 +235,7 @@ async def in_batches(store: Store, queries: Vectors) -> dict[str, float]:
 class KnownVectors:
     """An embedder of texts whose vectors are known: what `Search` costs beside the store."""
 
-    name, max_texts, max_tokens, max_requests = "known vectors", 4096, None, 1
+    name, max_texts, max_requests = "known vectors", 4096, 1
 
     def __init__(self, texts: Sequence[str], vectors: Vectors) -> None:
         self._known = {clean_query(text): vector for text, vector in zip(texts, vectors, strict=True)}
@@ -404,14 +401,13 @@ def run(options: argparse.Namespace) -> Mapping[str, Any] | None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """What stages are told."""
+    """The arguments of a stage."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("stage", choices=("prepare", "build", "serve", "hold", "flat", "chroma"))
     made.add_argument("--data", type=Path, required=True)
     made.add_argument("--work", type=Path, required=True)
     made.add_argument("--rows", type=int, required=True)
     made.add_argument("--index", type=Path, required=True)
-    made.add_argument("--vectors", choices=("float16", "int8"), default="float16")
     made.add_argument("--questions", type=int, default=512)
     made.add_argument("--characters", type=int, default=100)
     made.add_argument("--state", choices=("cold", "cold-batches", "warm", "load"), default="warm")

@@ -105,7 +105,7 @@ def awaiting() -> Callable[[], None]:
     usual = Measuring.wait_for_room
 
     async def wait_for_all(self: Measuring) -> None:
-        await self._wait_until(lambda: not list(self._all()))
+        await self._wait_until(lambda: not self._due)
 
     Measuring.wait_for_room = wait_for_all  # type: ignore[method-assign]
 

@@ -107,7 +107,9 @@ def body_of(report: sr.Report, result: sr.TrainingResult) -> list[str]:
         f"{gain.worsened} worse. " + ("" if gain.p_value < 0.05 else "That may be chance: nothing is claimed for it.")
     )
     sections = re.split(r"^(?=##+ )", report.markdown(), flags=re.MULTILINE)
-    return [run, learned, "".join(part for part in sections if "questions changed" not in part.partition("\n")[0])]
+    # Without the parts that quote questions.
+    kept = (part for part in sections if not re.match(r"### (Episodes of |.* questions? changed)", part))
+    return [run, learned, "".join(kept)]
 
 
 def main() -> None:

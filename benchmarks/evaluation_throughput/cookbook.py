@@ -2,7 +2,7 @@
 
     python -m benchmarks.evaluation_throughput.cookbook SETTINGS.json
 
-Its own command, ``recipes.search_tool.offline_eval.cli_main``, source by source. Two things of it are told otherwise, since it writes
+Its own command, ``recipes.search_tool.offline_eval.cli_main``, source by source. Two of its settings are changed, since it writes
 them out instead of asking: where Chroma is (``localhost:8000``), and how many questions were right, which it only prints.
 """
 

@@ -15,7 +15,7 @@ from benchmarks.evaluation_throughput.model import WARM_UP
 from benchmarks.shared.client_figures import client_figures
 from benchmarks.shared.monitor import Observed
 from benchmarks.shared.scripted_episodes import episodes_seen
-from searchr1_async.local.scripted_backend import Served
+from searchr1_async.local.process import Served
 
 BINS = 120
 """Of the places in use over time."""

@@ -16,7 +16,7 @@ from benchmarks.shared.scripted_episodes import QUESTION_DIGITS, WORLD_VARIABLE,
 from searchr1_async.testing import TimedReply
 
 WARM_UP = "warm-up"
-"""The label of what is said to a prompt that holds no question: what a contender sends before its time is taken."""
+"""The label of the reply to a prompt without a question, which a contender sends before its time is measured."""
 
 
 @cache

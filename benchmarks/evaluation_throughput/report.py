@@ -123,7 +123,7 @@ NOTES = """How it was measured:
 - How long the suites' episodes are is a model of such questions (benchmarks/evaluation_throughput/load.py): bamboogle's have 2
   turns, those of musique 3 to 5. Suites have 500 questions each here, though bamboogle itself has 125.
 - The loop is looked at every 10 ms; `of that its own` is the part that the loop's own thread was computing.
-- tinker-cookbook 0.6.1 runs its recipe's `offline_eval.cli_main`. It was told where Chroma is, which it writes out as
+- tinker-cookbook 0.6.1 runs its recipe's `offline_eval.cli_main`. Its Chroma address was set, which it writes as
   `localhost:8000`; otherwise what benchmarks/results/throughput.md says of it holds here too. It keeps no episodes and draws no
   intervals; ours does both within the time."""
 
@@ -157,7 +157,7 @@ def _use(row: Row, seconds: Any, *, is_last: bool) -> Any:
     use = row["use_over_time"]
     step = row["wall"] / len(use)
     frame = pl.DataFrame({"seconds": [step * number for number in range(len(use) + 1)], "use": [*use, use[-1]]})
-    said = f"{name_of(row)}: {row['wall']:.0f} s, {row['wall'] / row['floor']:.2f} x floor"
+    heading = f"{name_of(row)}: {row['wall']:.0f} s, {row['wall'] / row['floor']:.2f} x floor"
     area = (
         alt.Chart(frame)
         .mark_area(interpolate="step-after", color=COLORS[name_of(row)])
@@ -172,5 +172,5 @@ def _use(row: Row, seconds: Any, *, is_last: bool) -> Any:
         )
     )
     line = alt.Chart().mark_rule(color="black", strokeWidth=1.5).encode(x=alt.datum(row["floor"]))
-    title = alt.Title(said, fontSize=11, fontWeight="normal", anchor="start", offset=3)
+    title = alt.Title(heading, fontSize=11, fontWeight="normal", anchor="start", offset=3)
     return (area + line).properties(width=270, height=70, title=title)

@@ -1,10 +1,10 @@
-"""The first turns of a group: one request for all members, one each, or as the gate finds best (``auto``).
+"""The first turns of a group: one request for all members, or one each.
 
     python -m benchmarks first_turn
 
 A scripted service in its own process answers through the real tinker SDK; episodes have 1 to 4 turns, all equally likely. Sample times
 are lognormal with a median of 3 s: ``short`` has a spread of 0.1, ``heavy`` of 0.6 (the slowest of 8 then takes 2.5 times the median).
-The three ways take turns within each round; ``auto`` keeps what it learned from round to round, as in a run.
+The two ways take turns within each round.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ import tinker
 from benchmarks.shared.report import write_result
 from searchr1_async import Episode, Passage, Question
 from searchr1_async.config import EpisodeLimits, FirstTurn, SamplingSettings
-from searchr1_async.episodes.formats import FinalAnswer, Reading, SearchRequest
+from searchr1_async.episodes.formats import Dialect, FinalAnswer, Reading, SearchRequest
+from searchr1_async.episodes.types import SearchCall
 from searchr1_async.local.process import Scripted, local_service
 from searchr1_async.rollout.event_loop import Pulse
 from searchr1_async.rollout.gate import SampleGate
@@ -37,7 +38,7 @@ MEMBERS, PROMPT_TOKENS, PASSAGE_TOKENS, TURN_TOKENS, MOST_TURNS = 8, 300, 150, 4
 END, CALL, ANSWER, RESULT = 2, 3, 4, 5
 SHAPES = {"short": 0.1, "heavy": 0.6}
 SECONDS = 3.0
-ARMS: tuple[FirstTurn, ...] = ("shared", "split", "auto")
+ARMS: tuple[FirstTurn, ...] = ("shared", "split")
 
 
 def reply(prompt: list[int], chance: random.Random) -> list[int]:
@@ -47,13 +48,16 @@ def reply(prompt: list[int], chance: random.Random) -> list[int]:
     return [*(chance.randrange(100, 1000) for _ in range(TURN_TOKENS)), kind, END]
 
 
-class NumberDialect:
+class NumberDialect(Dialect):
     """Turns of bare numbers: what is measured is the way to the service, not a tokenizer."""
 
     name = "numbers"
     stop: list[int] | list[str] = [END]  # noqa: RUF012
 
-    def start(self, question: Question) -> list[int]:
+    def __init__(self) -> None:
+        """Without a renderer and a tokenizer."""
+
+    def start(self, question: Question, given: SearchCall | None = None) -> list[int]:
         return [100 + int(question.id)] * PROMPT_TOKENS
 
     def read(self, prompt_tokens: Sequence[int], sampled_tokens: Sequence[int]) -> tuple[str, Reading]:
@@ -62,11 +66,11 @@ class NumberDialect:
     def decode(self, tokens: Sequence[int]) -> str:
         return ""
 
-    def extend(self, prompt_tokens: Any, sampled_tokens: Any, queries: Any, results: Any) -> list[int] | None:
-        return [RESULT] + [99] * PASSAGE_TOKENS
+    def _found(self, queries: Any, results: Any) -> str:
+        return ""
 
-    def tell(self, prompt_tokens: Any, sampled_tokens: Any, problem: str) -> list[int] | None:
-        return None
+    def _append(self, prompt_tokens: Any, sampled_tokens: Any, content: str) -> list[int] | None:
+        return [RESULT] + [99] * PASSAGE_TOKENS
 
     def write_call(self, queries: Sequence[str]) -> list[int]:
         return [CALL, END]
@@ -89,7 +93,6 @@ class Played:
     episodes: list[float] = field(default_factory=list)
     groups: list[float] = field(default_factory=list)
     """Seconds until each was complete, from the batch's begin: what streamed learning waits for."""
-    split: int = 0
 
 
 async def play(
@@ -99,7 +102,7 @@ async def play(
     limits = EpisodeLimits(max_turns=MOST_TURNS, max_tokens=64)
     player = LocalPlayer(NumberDialect(), instant_search, limits, gate, first_turn)
     policy = TinkerPolicy(client, 0, SamplingSettings())
-    played, split_before = Played(), gate.statistics.split_groups
+    played = Played()
 
     async def finished(member: int, episode: Episode) -> None:
         if episode.failed:
@@ -117,7 +120,6 @@ async def play(
         for place in range(groups):
             tasks.start_soon(group, place)
     played.wall, played.cpu = time.monotonic() - began, time.process_time() - cpu
-    played.split = gate.statistics.split_groups - split_before if first_turn == "auto" else 0
     return played
 
 
@@ -157,26 +159,22 @@ def row(shape: str, groups: int, number: int, arm: str, played: Played) -> dict[
         "mean episode s": sum(played.episodes) / episodes,
         "mean group s": sum(played.groups) / groups,
         "CPU ms an episode": 1000 * played.cpu / episodes,
-        "groups split": played.split,
         "load": os.getloadavg()[0],
     }
 
 
 def table(rows: pl.DataFrame) -> str:
-    """Means over the rounds; of ``auto`` also how many groups it split in the first and in the last round."""
+    """Means over the rounds."""
     keys = ["tail", "groups", "first turn"]
     means = rows.group_by(keys, maintain_order=True).agg(
         pl.col("wall s", "mean episode s", "mean group s", "CPU ms an episode").mean(),
-        pl.col("groups split").first().alias("first"),
-        pl.col("groups split").last().alias("last"),
     )
     lines = [
-        "| tail | groups x 8 | first turn | wall s | mean episode s | mean group s | CPU ms an episode | split: first, last round |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| tail | groups x 8 | first turn | wall s | mean episode s | mean group s | CPU ms an episode |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for tail, groups, arm, wall, episode, group, cpu, first, last in means.sort("tail", "groups").iter_rows():
-        split = f"{first}, {last}" if arm == "auto" else ""
-        lines.append(f"| {tail} | {groups} | {arm} | {wall:.1f} | {episode:.2f} | {group:.2f} | {cpu:.1f} | {split} |")
+    for tail, groups, arm, wall, episode, group, cpu in means.sort("tail", "groups").iter_rows():
+        lines.append(f"| {tail} | {groups} | {arm} | {wall:.1f} | {episode:.2f} | {group:.2f} | {cpu:.1f} |")
     return "\n".join(lines)
 
 
@@ -189,7 +187,7 @@ def main() -> None:
     about = (
         f"Median sample {SECONDS:g} s; prompts of {PROMPT_TOKENS} tokens and {PASSAGE_TOKENS + TURN_TOKENS} more a turn. "
         "Wall: until the last episode; it hangs on the one slowest sample of all, so the means are what compares. "
-        "CPU: of this process, the SDK's thread included. Means over the rounds, in which the three take turns. "
+        "CPU: of this process, the SDK's thread included. Means over the rounds, in which the two take turns. "
         f"The machine is shared: its load average was {rows['load'].min():.1f} to {rows['load'].max():.1f} meanwhile."
     )
     write_result("first_turn", "The first turns of a group", [about, table(rows)], rows)

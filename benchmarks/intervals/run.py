@@ -22,10 +22,10 @@ import numpy as np
 import polars as pl
 
 from benchmarks.shared.report import write_result
-from searchr1_async.records.scores import macro_difference_of
 from searchr1_async.records.statistics import (
     Floats,
     difference_intervals,
+    difference_of,
     macro_intervals,
     mcnemar_p_value,
     mean_intervals,
@@ -207,7 +207,7 @@ def simulate_macro_difference(simulation: Simulation) -> None:
         for _, rng in simulation.batches(_CELLS, ("em", k)):
             chances = [question_shares(rng, (n,), p, CLUSTERING["strong"]) for n, p in zip(sizes, shares, strict=True)]
             own = [(rng.binomial(k, chance) - rng.binomial(k, chance)) / k for chance in chances]
-            difference = macro_difference_of(own, resamples=FLIP_RESAMPLES, seed=int(rng.integers(2**31)))
+            difference = difference_of(*own, is_single=False, resamples=FLIP_RESAMPLES, seed=int(rng.integers(2**31)))
             low, high = difference.interval
             covered.append(held(np.array([low]), np.array([high]), 0.0))
             found.append((np.array([float(difference.p_value <= LEVEL)]),))

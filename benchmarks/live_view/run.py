@@ -3,8 +3,8 @@
     python -m benchmarks live_view
 
 A real kernel receives the events of a big run in real time, from a list made beforehand: 512 groups of 8, 45 episodes and four
-telemetry events per second, a step every 91 s after 400 earlier ones. The arms take turns within each round: no view, the widget, rich
-text. This process reads all that the kernel publishes, as a notebook server does.
+telemetry events per second, a step every 91 s after 400 earlier ones. The arms take turns within each round: no view, the
+widget. This process reads all that the kernel publishes, as a notebook server does.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ import polars as pl
 from benchmarks.shared.processes import ROOT, child_environment
 from benchmarks.shared.report import write_result
 from searchr1_async.events import Emit, Event, RunStarted, StepFinished
-from searchr1_async.watch.dashboard import open_view
-from searchr1_async.watch.view import LiveView
+from searchr1_async.watch.live_view import LiveView
+from searchr1_async.watch.views import open_view
 from tests.watch.builders import Script
 
-ARMS = ("off", "widget", "rich")
+ARMS = ("off", "widget")
 CLIENT_CPU = 0.9
 """Of a core: what the client takes at this rate without a view (results/throughput.md)."""
 STEPS_BEFORE = 400
@@ -53,11 +53,11 @@ def big_run(seconds: float) -> tuple[list[Event], list[tuple[float, Event]]]:
     """What a view knows already, and what comes within ``seconds``, a finished step in its middle."""
     before: list[Event] = []
     coming: list[tuple[float, Event]] = []
-    told = list(script().events())
-    ends = [at for at, event in told if isinstance(event, StepFinished)]
-    metrics = next(event.metrics for _, event in told if isinstance(event, StepFinished))
+    scripted = list(script().events())
+    ends = [at for at, event in scripted if isinstance(event, StepFinished)]
+    metrics = next(event.metrics for _, event in scripted if isinstance(event, StepFinished))
     begin = ends[0] - seconds / 2
-    for at, event in told:
+    for at, event in scripted:
         if at < begin and not isinstance(event, StepFinished):
             before.append(event)
             if isinstance(event, RunStarted):
@@ -101,24 +101,22 @@ async def measure(arm: str, seconds: float) -> None:
     if arm == "off":
         print(json.dumps(await feed(None, coming)))
         return
-    opened = open_view("widget" if arm == "widget" else "rich", title="A big run")
-    assert opened is not None
-    view = opened.view
+    view = open_view(title="A big run")
     assert isinstance(view, LiveView)
     begun, cpu_begun = time.monotonic(), all_cpu()
     async with view:
         for event in before:
             view(event)
-        while arm == "widget" and view._charts is None:  # noqa: ASYNC110
+        while not view._surface._widget.vega:  # noqa: ASYNC110
             await asyncio.sleep(0.1)
         first, cpu_first = time.monotonic() - begun, all_cpu() - cpu_begun
         counted = Counted(view)
-        said = await feed(counted, coming)
-        said |= {"folding s": counted.folding, "drawing s": counted.drawing}
-        said |= {"redraws": counted.redraws, "longest redraw ms": 1000 * counted.longest}
+        measured = await feed(counted, coming)
+        measured |= {"folding s": counted.folding, "drawing s": counted.drawing}
+        measured |= {"redraws": counted.redraws, "longest redraw ms": 1000 * counted.longest}
         ended, cpu_ended = time.monotonic(), all_cpu()
-    said |= {"first s": first, "first CPU s": cpu_first}
-    print(json.dumps(said | {"end s": time.monotonic() - ended, "end CPU s": all_cpu() - cpu_ended}))
+    measured |= {"first s": first, "first CPU s": cpu_first}
+    print(json.dumps(measured | {"end s": time.monotonic() - ended, "end CPU s": all_cpu() - cpu_ended}))
 
 
 async def feed(emit: Emit | None, coming: list[tuple[float, Event]]) -> dict[str, float]:
@@ -254,5 +252,5 @@ def main() -> None:
         f"The client takes {CLIENT_CPU} of a core at this rate, of which the percent are. Published bytes hold the charts and Vega, "
         f"which are sent once. The machine is shared: its load average was {rows['load'].min():.1f} to {rows['load'].max():.1f} meanwhile."
     )
-    verdict = f"Asked for: under 2 % of the client's CPU. Observed: {shares['widget']:.2%} with the widget, {shares['rich']:.2%} as rich text."
+    verdict = f"Asked for: under 2 % of the client's CPU. Observed: {shares['widget']:.2%} with the widget."
     write_result("live_view", "What the live view costs", [verdict, figures, *once, about], rows)

@@ -26,7 +26,7 @@ _MEANS = {
 def prompt_tokens(episodes: Iterable[Episode]) -> tuple[int, int]:
     """Prompt tokens of all turns, each turn's whole prompt counted, and those of them that were no cache hits."""
     used = total_usage(map(sampling_usage, episodes))
-    return used.prompt, used.fresh
+    return used.prompt, used.prompt - used.cached
 
 
 def row_of(records: RunRecords) -> dict[str, Any]:
@@ -146,9 +146,9 @@ NOTES = """How it was measured:
   (temperature 1), one a question, on questions of countries that no run is trained on.
 - KL is `optim/kl_sample_train_v2`: half the mean over sampled tokens of the squared difference between the log-probability under the
   weights that sampled a token and under those that learn from it, as a mean over the steps; v1 is the mean difference.
-- The ratio is that of the two probabilities of a token, trainer over sampler; the lowest and the highest of all tokens and steps.
+- The ratio is a token's probability in the trainer over that in the sampler; lowest and highest over all tokens and steps.
   It is not 1 at staleness 0 either: where the service samples and trains in bfloat16, the two passes round differently.
-- A turn's staleness is that of its group's batch; with in-flight weights it is an upper bound.
+- A turn's staleness is its group's batch's; with in-flight weights it is an upper bound.
 - Seconds are those of the steps (`time/total`): playing, learning and publishing, without warm-up and held-out questions.
 - Prompt tokens are those of all episodes that the steps' batches held, dropped groups included; each turn's whole prompt counts.
   Prefilled ones are those that the service did not report as cache hits."""

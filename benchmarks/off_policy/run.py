@@ -33,7 +33,7 @@ from benchmarks.off_policy.report import report, row_of
 from benchmarks.off_policy.world import World, atlas_world, tiny_world
 from searchr1_async.local import LocalService, local_service
 from searchr1_async.records.run_records import RunRecords
-from searchr1_async.runs.checkpoints import ResumePoint
+from searchr1_async.runs.resume import ResumePoint
 
 ONLY_WARM_UP = 1e-9
 """Seconds of reinforcement learning in which no step begins."""
@@ -70,7 +70,7 @@ class Runs:
         world: what is learned.
         work: keeps every finished run.
         service: started, with its folder in the work folder.
-        steps: optimiser steps a run.
+        steps: optimizer steps a run.
     """
 
     def __init__(self, world: World, work: Path, service: LocalService, steps: int) -> None:
@@ -204,7 +204,7 @@ def main() -> None:
         metavar="STALENESS",
         help="runs with in-flight weights, with the last of the losses",
     )
-    parser.add_argument("--steps", type=int, default=12, help="optimiser steps a run")
+    parser.add_argument("--steps", type=int, default=12, help="optimizer steps a run")
     parser.add_argument("--groups", type=int, default=4, help="questions a batch")
     parser.add_argument("--questions", type=int, default=40, help="held-out questions, each measured once")
     parser.add_argument("--threads", type=int, help="of the embedded service; all cores by default")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import searchr1_async as sr
-from searchr1_async.cli.atlas_run import AtlasSettings, atlas_questions
+from searchr1_async.cli.atlas import HELD_OUT, mixed_questions
 from searchr1_async.local import DEFAULT_MODEL
 
 
@@ -36,10 +36,10 @@ def atlas_world(questions: int, groups: int) -> World:
 
     A run of 12 steps of 4 groups takes about 3 minutes on 2 cores that do nothing else.
     """
-    held_out = [question for question in atlas_questions(AtlasSettings())[1] if question.metadata.get("hop") == 1]
+    held_out = [each for each in mixed_questions("held_out", HELD_OUT, seed=0) if each.metadata.get("hop") == 1]
     return World(
         model=DEFAULT_MODEL,
-        training=lambda seed: atlas_questions(AtlasSettings(seed=seed, two_hop_share=0.0))[0],
+        training=lambda seed: mixed_questions("train", 1200, seed=seed, two_hop_share=0.0),
         held_out=held_out[:questions],
         search=lambda: sr.Search.local("atlas", n_results=1, max_passage_words=30),
         playing={"format": "tags", "max_turns": 2, "max_tokens": 28, "max_trajectory_tokens": 1024},

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import polars as pl
 
+from searchr1_async.episodes.rewards import cover_match, exact_match, f1, normalize_answer
 from searchr1_async.evaluation import load_suites
-from searchr1_async.rewards import cover_match, exact_match, f1, normalize_answer
 
 SINGLE_PRECISION = 1e-6
 """torchmetrics counts in 32 bits."""
@@ -67,7 +67,7 @@ def _listed(text: str) -> str:
 
 
 CHANGES: dict[str, Callable[[str], str]] = {
-    "as it is": lambda text: text,
+    "unchanged": lambda text: text,
     "upper case": str.upper,
     "title case": str.title,
     "swapped case": str.swapcase,
@@ -143,7 +143,7 @@ class Independent:
 
 
 def reason(pair: Pair) -> str | None:
-    """Why the two differ on purpose; None is a difference that nobody meant."""
+    """Why the two differ on purpose; None is an unintended difference."""
     if not normalize_answer(pair.answer) and any(not normalize_answer(golden) for golden in pair.golden):
         return "the answer and a golden answer normalise to nothing: SQuAD calls that right, here nothing is no answer"
     return None

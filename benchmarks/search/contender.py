@@ -12,6 +12,7 @@ import asyncio
 import gc
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -87,9 +88,8 @@ async def ours(gemini: str, chroma: int, vertex: bool) -> AsyncIterator[Way]:
             self.requests += 1
             return await super().query(*args, **kwargs)
 
-    service: Any = (
-        {"project": "benchmark", "location": "global", "credentials": _token()} if vertex else {"api_key": KEY}
-    )
+    os.environ["GOOGLE_CLOUD_PROJECT"] = "benchmark"
+    service: Any = {"credentials": _token()} if vertex else {"api_key": KEY}
     store = CountedStore("127.0.0.1", chroma, COLLECTION)
     async with Search(GeminiEmbedder(base_url=gemini, **service), store) as search:
 

@@ -20,7 +20,7 @@ import polars as pl
 TURNS = {1: 0.25, 2: 0.4, 3: 0.25, 4: 0.1}
 """How many episodes search how often."""
 SHARED = 0.76
-"""Fraction of searches whose query is one of the group's; the others are worded anew."""
+"""Fraction of searches whose query is one of the group's; the others are reworded."""
 PAUSE_MEDIAN, PAUSE_SPREAD = 2.0, 0.5
 """Seconds that a model samples before it searches, and the standard deviation of their logarithm."""
 

@@ -111,7 +111,7 @@ async def play(scenario: Scenario, way: str, load: Path, chroma: int) -> dict[st
     """One way's row of one scenario.
 
     Raises:
-        RuntimeError: its process failed; what it said stands above.
+        RuntimeError: its process failed; its output is above.
     """
     async with stand_in_process(scenario.service) as gemini:
         process = await asyncio.create_subprocess_exec(
@@ -206,7 +206,7 @@ def notes(rows: Sequence[Mapping[str, Any]], passages: int, is_real: bool) -> st
         f"{min(row['repeated'] for row in rows):.0%} to {max(row['repeated'] for row in rows):.0%} repeat an earlier query.",
         f"- The embedding service answers after {SERVICE.latency:g} s and {SERVICE.latency_per_text * 1000:g} ms a text, "
         f"± {SERVICE.jitter:.0%}. Server, stand-in and client share the machine's cores.",
-        "- Client CPU is that of the client's process, without what playing the episodes takes with no search at all.",
+        "- Client CPU is the CPU time of the client's process, minus that of the same episodes without search.",
         "- Right are the searches with the same passages as by one plain query. Latencies are those of all searches.",
         "- The recipe's way sends one `get_collection` and one `query` a search to the store, which count as two requests.",
     ]

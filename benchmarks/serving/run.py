@@ -1,4 +1,4 @@
-"""What serving a search costs: the same searches in process, over a served store and embedder, and by ``/retrieve``.
+"""What serving a search costs: the same searches in process, by ``Search.open`` of its address, and by ``/retrieve``.
 
     python -m benchmarks serving --work WORK
 
@@ -29,7 +29,7 @@ from benchmarks.shared.report import write_result
 AT_ONCE = 64
 SECONDS = 4.0
 """Of each measurement, after a first request."""
-WAYS = ("in process", "served store and embedder", "/retrieve, one query a request", "/retrieve, 64 queries a request")
+WAYS = ("in process", "Search.open of its address", "/retrieve, one query a request", "/retrieve, 64 queries a request")
 
 Search = Callable[[list[str]], Awaitable[object]]
 
@@ -105,8 +105,8 @@ async def run(work: Path, embedder: str) -> None:
         f"| {row['embedder']} | {row['way']} | {row['queries_per_second']:,.0f} | {row['ratio']:.2f} | {row['p99_ms']:,.0f} ms |"
         for row in rows
     ]
-    said = f"{AT_ONCE} requests at once (4 where each has 64 queries), {SECONDS:g} s a row, 3 passages a query, nothing remembered."
-    write_result("serving", "What serving a search costs", [said, "\n".join(lines)], table)
+    setup = f"{AT_ONCE} requests at once (4 where each has 64 queries), {SECONDS:g} s a row, 3 passages a query, nothing cached."
+    write_result("serving", "What serving a search costs", [setup, "\n".join(lines)], table)
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ class HashedWords:
     """A bag of words, each word at a place given by its hash."""
 
     name, fingerprint, dimension = "hashed words", "hashed-words-768", 768
-    max_texts, max_tokens, max_requests = 1_000, None, 2
+    max_texts, max_requests = 1_000, 2
 
     async def open(self) -> None: ...
 

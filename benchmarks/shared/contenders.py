@@ -31,7 +31,7 @@ from benchmarks.shared.processes import ROOT, child_environment, command_of
 from benchmarks.shared.scripted_episodes import WORLD_VARIABLE, World, make_passages
 from searchr1_async.local import LocalService, Scripted, local_service
 from searchr1_async.local.model_files import DEFAULT_MODEL, resolve_model
-from searchr1_async.local.scripted_backend import Served
+from searchr1_async.local.process import Served
 from tests.local.serving import read_log
 
 MODEL = "Qwen/Qwen3.5-4B"
@@ -105,7 +105,7 @@ class Contended:
 
 def tokenizer_folder() -> str:
     """The tokenizer of the scripted model."""
-    return str(resolve_model(DEFAULT_MODEL).folder)
+    return str(resolve_model(DEFAULT_MODEL))
 
 
 @asynccontextmanager
@@ -228,7 +228,7 @@ async def cookbook_python(work: Path) -> Path:
     ``tml-renderers`` is taken: 0.6.1 asks for 0.4.1, which not every index has, and uses it for the Inkling models only.
 
     Raises:
-        RuntimeError: pip failed; what it said stands above.
+        RuntimeError: pip failed; its output is above.
     """
     folder = work / f"cookbook-{COOKBOOK}"
     python, done, needs = folder / "bin" / "python", folder / "complete", folder / "needs.txt"

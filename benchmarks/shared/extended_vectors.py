@@ -15,7 +15,7 @@ Rows are drawn by (seed, block of 8,192): any of them can be made alone, in any 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,7 +140,7 @@ class ExtendedVectors:
             metric="cosine",
         )
 
-    async def blocks(self, start: int) -> AsyncIterator[Block]:
+    async def blocks(self, start: int) -> AsyncGenerator[Block]:
         rows = self._extension.blocks(self._rows, start)
         while (found := await anyio.to_thread.run_sync(next, rows, None)) is not None:
             first, base, vectors = found
@@ -152,9 +152,6 @@ class ExtendedVectors:
                 ],
                 vectors,
             )
-
-    async def kept(self, rows: int) -> None:
-        """Nothing is remembered."""
 
     async def aclose(self) -> None:
         """Nothing is open."""

@@ -25,7 +25,7 @@ import polars as pl
 import searchr1_async as sr
 from benchmarks.shared.wordllama_embedder import WordLlamaEmbedder
 from searchr1_async import Passage
-from searchr1_async.rewards import normalize_answer
+from searchr1_async.episodes.rewards import normalize_answer
 from searchr1_async.search import Embedder, SentenceTransformerEmbedder, Vectors
 
 SUITES = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa")

@@ -23,7 +23,7 @@ from typing import Any
 
 import polars as pl
 
-from searchr1_async.local.scripted_backend import Served
+from searchr1_async.local.process import Served
 
 GROUP_SIZE = 8
 TURNS = {1: 0.12, 2: 0.38, 3: 0.30, 4: 0.14, 5: 0.06}
@@ -33,7 +33,7 @@ TOKENS_MEDIAN, TOKENS_SPREAD, TOKENS_MOST = 60.0, 0.7, 700
 PREFILL, DECODE, JITTER = 0.25, 0.015, 0.5
 """Seconds a turn, seconds a token, and the standard deviation of the logarithm of what both are multiplied by."""
 SHARED = 0.76
-"""Fraction of searches whose query is one of the question's; the others are worded anew, as in benchmarks/search."""
+"""Fraction of searches whose query is one of the question's; the others are reworded, as in benchmarks/search."""
 MARKER = "zebra"
 """A word that stands before a number which the model reads, and nowhere else; one token after a space."""
 QUESTION_DIGITS, MEMBER_DIGITS = 5, 2

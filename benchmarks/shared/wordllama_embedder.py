@@ -30,7 +30,6 @@ class WordLlamaEmbedder:
     name = "wordllama"
     dimension = 256
     max_texts = 4096
-    max_tokens: int | None = None
     max_requests = 1
 
     def __init__(self) -> None:

@@ -37,7 +37,7 @@ from benchmarks.soak.breaking_proxy import counts_of as proxy_counts
 from benchmarks.soak.breaking_proxy import proxy_process
 from searchr1_async.events import EpisodeFinished, Event, GroupDropped, GroupFinished, StepFinished
 from searchr1_async.records.run_records import RunRecords
-from searchr1_async.runs.checkpoints import ResumePoint
+from searchr1_async.runs.resume import ResumePoint
 from tests import tiny_world
 from tests.faults import scripted_world
 
@@ -131,7 +131,7 @@ class Watch:
             )
 
     async def check_steps(self) -> None:
-        """Counts the groups on disk after every step, as often as it comes to it."""
+        """Counts the groups on disk after every step, each time one is written."""
         while True:
             await anyio.sleep(SAMPLE_SECONDS)
             if self.step > self.steps_checked:
@@ -247,7 +247,7 @@ def check_events(watch: Watch, counts: dict[str, int]) -> None:
     ended_and_open = watch.finished - groups.height
     assert ended_and_open <= counts["open"], "more groups ended than the records and the open places hold"
     for reason, count in reasons.items():
-        assert watch.dropped[reason] >= count, f"{reason}: {count} recorded, {watch.dropped[reason]} told of"
+        assert watch.dropped[reason] >= count, f"{reason}: {count} recorded, {watch.dropped[reason]} reported"
     assert watch.episodes >= watch.finished * GROUP_SIZE
     rows = RunRecords(watch.run).episodes().select(pl.len()).collect().item()
     assert rows == int((groups["members"] + groups["failed"]).sum()), "an episode is missing, or doubled"

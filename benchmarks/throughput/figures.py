@@ -15,7 +15,7 @@ from benchmarks.throughput.floor import (
     streaming_floor,
     synchronous_floor,
 )
-from searchr1_async.local.scripted_backend import Served, TrainingTimes
+from searchr1_async.local.process import Served, TrainingTimes
 
 
 def figures(

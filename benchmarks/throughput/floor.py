@@ -5,12 +5,12 @@ latency for a query that no other episode asks, nothing for one that may have be
 last of its members, each sampled by a request of its own. It can be trained on from then, all of it at once; the trainer does
 one thing at a time. Groups whose members all earned the same need no training. So:
 
-- on-policy, streaming: each batch takes ``m + optimiser + save``, where ``m`` is the end of the schedule that trains on the groups
+- on-policy, streaming: each batch takes ``m + optimizer + save``, where ``m`` is the end of the schedule that trains on the groups
   in the order of their release, which no schedule of one machine beats.
-- on-policy, synchronous: ``longest release + training of all + optimiser + save``.
+- on-policy, synchronous: ``longest release + training of all + optimizer + save``.
 - with weights up to ``k`` batches old: the later of two. The trainer's: the first release, the training of all batches, and their
-  optimiser steps and saves. The sampler's: the groups of batch ``b`` (from 1) start at the end of batch ``b - 1 - k`` and must be
-  in batch ``b``, so that it ends no earlier than the longest of them, that group's training, optimiser and save after this
+  optimizer steps and saves. The sampler's: the groups of batch ``b`` (from 1) start at the end of batch ``b - 1 - k`` and must be
+  in batch ``b``, so that it ends no earlier than the longest of them, that group's training, optimizer and save after this
   start. The first ``k + 1`` batches start together, and their groups may be in any of them: an earlier one ends when as many
   groups are released as all batches up to it hold.
 
@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.shared.scripted_episodes import GROUP_SIZE, World, episodes_seen
-from searchr1_async.local.scripted_backend import Served, TrainingTimes
+from searchr1_async.local.process import Served, TrainingTimes
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class RunSeen:
     began: float
     """The first sample's."""
     step_ends: tuple[float, ...]
-    """When the weights behind each optimiser step could be sampled from."""
+    """When the weights behind each optimizer step could be sampled from."""
     in_flight: int
     """The most episodes at a time, from the first turn's beginning to the last one's end."""
     sample_requests: int

@@ -79,7 +79,7 @@ def table(rows: Sequence[Row]) -> str:
 def requests_table(rows: Sequence[Row]) -> str:
     """What each run sent."""
     lines = [
-        "| groups x 8 | way | steps | HTTP to the service | sample requests (samples) | embedding | Chroma | forward_backward | optimiser | saves "
+        "| groups x 8 | way | steps | HTTP to the service | sample requests (samples) | embedding | Chroma | forward_backward | optimizer | saves "
         "| examples | training tokens, of the episodes' own |",
         "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
@@ -149,12 +149,12 @@ NOTES = """How it was measured:
 
 - Every run trains the same episodes in the same batches, in a process of its own against a fresh service. What a turn says and how
   long it takes depends on the question and the episode alone. All processes share the machine's cores.
-- A run is measured from the service's first sample to the moment when the weights behind the last optimiser step can be
+- A run is measured from the service's first sample to the moment when the weights behind the last optimizer step can be
   sampled from (the cookbook's asynchronous way publishes none behind its last step: to its final checkpoint there); CPU, memory
   and the loop's lateness are those of that time. CPU and memory are the contender's own and those of its children.
 - The floor is computed from what the service drew, for each way by its own formula (benchmarks/throughput/floor.py): on-policy,
   each batch's groups, released when their last member has played its drawn turns and searches (each sampled singly), go through a
-  trainer that does one thing at a time, then optimiser and save; synchronous, training follows the last release;
+  trainer that does one thing at a time, then optimizer and save; synchronous, training follows the last release;
   `max_staleness=1`, the later of the trainer's own work and the longest episode that must be in each batch. With all first
   turns of a group in one request, the floor is `floor_first_turn_shared` in the table's file. Groups of constant reward need no
   training in it. A search costs 0.2 s in it where no other episode asks the same, else nothing.

@@ -47,7 +47,7 @@ from benchmarks.shared.contenders import (
 from benchmarks.shared.scripted_episodes import GROUP_SIZE, World, make_world, shuffled_to
 from benchmarks.throughput.figures import figures
 from benchmarks.throughput.report import report
-from searchr1_async.local.scripted_backend import TrainingTimes
+from searchr1_async.local.process import TrainingTimes
 
 TIMES = TrainingTimes(per_token=5e-6, optim_step=0.5, save=1.5)
 """512 examples of 1,500 tokens in 3.8 s."""
@@ -57,7 +57,7 @@ STRETCHED = 4.0
 SEED = 2
 MINIBATCHES = 4
 STEPS = {"synchronous": 2, "streaming": 2, "asynchronous": 3}
-"""Optimiser steps a run; the pipelined ways need more to show that steps overlap."""
+"""Optimizer steps a run; the pipelined ways need more to show that steps overlap."""
 OURS = tuple(f"ours/{mode}" for mode in STEPS)
 COOKBOOKS = tuple(f"cookbook/{mode}" for mode in STEPS)
 PIPELINED = ("ours/streaming", "ours/asynchronous")
@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument(
         "--runs", nargs="+", choices=(*OURS, *COOKBOOKS), help="which ones; all of each size by default"
     )
-    parser.add_argument("--steps", type=int, help="optimiser steps a run; by default as each way needs")
+    parser.add_argument("--steps", type=int, help="optimizer steps a run; by default as each way needs")
     parser.add_argument("--loss", help="of the asynchronous ways; by default each contender's own")
     parser.add_argument("--keep", action="store_true", help="writes the result of a selection, as that of all runs is")
     parser.add_argument("--note", default="", help="a sentence for the result, such as what else ran on the machine")

@@ -35,9 +35,9 @@ from searchr1_async.local import DEFAULT_MODEL, Scripted, local_service
 from searchr1_async.local.model_files import resolve_model
 from searchr1_async.rollout.event_loop import Pulse
 from searchr1_async.rollout.gate import SampleGate
+from searchr1_async.rollout.messages import WorkerSpec
 from searchr1_async.rollout.player import GroupPlayer, GroupTask, LocalPlayer, TinkerPolicy
-from searchr1_async.rollout.workers.messages import WorkerSpec
-from searchr1_async.rollout.workers.pool import WorkerPool
+from searchr1_async.rollout.worker_pool import WorkerPool
 
 MODEL = "canned"
 GROUP_SIZE = 8
@@ -251,7 +251,7 @@ def body_of(table: pl.DataFrame, embedded: float, load: float) -> list[str]:
 
 async def run(rounds: int, scale: float, first_turn: str) -> None:
     load = os.getloadavg()[0]
-    folder = resolve_model(DEFAULT_MODEL).folder
+    folder = resolve_model(DEFAULT_MODEL)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with tempfile.TemporaryDirectory() as scratch:
         embedded = await embedded_cost(tokenizer, folder, Path(scratch), scale)

@@ -1,6 +1,6 @@
-"""Paths of users, made absolute once, with ``~`` expanded; files shared by processes; and the limit of open files.
+"""Paths of users, made absolute once; files that are replaced atomically; and the limit of open files.
 
-Files are replaced atomically and folders locked. Failed writes raise :class:`OSError`.
+Failed writes raise :class:`OSError`.
 """
 
 from __future__ import annotations
@@ -10,12 +10,9 @@ import contextlib
 import io
 import logging
 import os
-import stat
-import sys
-import tempfile
+import shutil
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
@@ -23,8 +20,9 @@ import anyio
 import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
+from platformdirs import user_cache_dir
 
-from searchr1_async.boundary.settings import as_text, shown, shown_with_kind
+from searchr1_async.boundary.settings import check, shown, shown_with_kind
 from searchr1_async.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -32,8 +30,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LONGEST_NAME = 255
-"""Maximum bytes of a file name, on all common file systems."""
 WANTED = 65536
 """More than any run needs."""
 RESERVE = 96
@@ -43,40 +39,25 @@ POSTING = 400
 
 
 def absolute_path(path: str | os.PathLike[str], name: str = "path") -> Path:
-    """Makes a user's path absolute, so that a later ``chdir`` has no effect.
-
-    Links and ``..`` are kept, and no character is a wildcard.
-
-    Args:
-        path: relative to the current folder; ``~`` and ``~user`` are expanded.
-        name: name of the argument, for messages.
+    """Makes a user's path absolute, with ``~`` and ``~user`` expanded; links and ``..`` are kept, no character is a wildcard.
 
     Raises:
-        ConfigurationError: not a path, blank, or its home or current folder is unknown.
+        ConfigurationError: not a path, blank, or its home or current folder is unknown; naming ``name``.
     """
-    if not isinstance(path, str | os.PathLike):
+    if not isinstance(path, str | os.PathLike) or not isinstance(text := os.fspath(path), str):
         raise ConfigurationError(f"{name} is {shown_with_kind(path)}: expected a path, as text or Path")
-    text = os.fspath(path)
-    if not isinstance(text, str):
-        raise ConfigurationError(f"{name} is {text!r} (bytes): expected a path, as text or Path")
-    if not text.strip() or "\0" in text:
-        raise ConfigurationError(f"{name} is {text!r}: expected the path of a file or folder")
+    problem, found = "" if text.strip() else "blank text", Path()
     try:
-        os.fsencode(text)
-    except UnicodeEncodeError as error:
-        raise ConfigurationError(
-            f"{name} is {text!r}, which has a lone surrogate at {error.start}: no file has such a name"
-        ) from None
-    if any(len(os.fsencode(part)) > _LONGEST_NAME for part in Path(text).parts):
-        raise ConfigurationError(
-            f"{name} is {shown(text)}, with a name longer than {_LONGEST_NAME} bytes: no file has such a name"
-        )
-    try:
-        return Path(text).expanduser().absolute()
-    except (RuntimeError, OSError) as error:  # no such user, no HOME; a current folder that was deleted
-        raise ConfigurationError(
-            f"{name} is {text!r}, which cannot be made absolute ({error}): use a full path"
-        ) from error
+        found = Path(text).expanduser().absolute()
+        if any(len(os.fsencode(part)) > 255 for part in found.parts):
+            problem = "a name longer than 255 bytes"
+        if "\0" in text:
+            problem = "a zero byte"
+    except (RuntimeError, OSError, ValueError) as error:  # no such user or HOME; a deleted current folder; a surrogate
+        problem = str(error)
+    if problem:
+        raise ConfigurationError(f"{name} is {shown(text)}: expected the full path of a file or folder, not {problem}")
+    return found
 
 
 def as_path(name: str, value: Any) -> Path:
@@ -114,7 +95,7 @@ def as_name_or_folder(name: str, value: Any) -> str:
         ConfigurationError: blank, neither text nor a path, or a folder that does not exist.
     """
     if not isinstance(value, os.PathLike):
-        value = as_text(name, value)
+        value = check(name, value, str)
         if not value.strip():
             raise ConfigurationError(f"{name} is {value!r}: expected a name or a folder")
         if not value.startswith(("~", "/", "./", "../")) and folder_at(value) is None:
@@ -147,70 +128,20 @@ def is_same_place(one: str, other: str) -> bool:
 
 
 def cache_folder() -> Path:
-    """The package's cache folder; created if missing.
-
-    ``searchr1_async`` in ``$XDG_CACHE_HOME`` if set, else in the platform's cache folder. Without a writable home folder, it is a
-    per-user temporary folder, with a warning.
-
-    Raises:
-        ConfigurationError: the folder cannot be created.
-    """
-    if explicit := os.environ.get("XDG_CACHE_HOME"):
-        folder = absolute_path(explicit, "XDG_CACHE_HOME") / "searchr1_async"
-        if problem := _problem_of(folder):
-            raise ConfigurationError(
-                f"XDG_CACHE_HOME is {explicit!r}, where no folder can be created ({problem}): set it to a writable folder"
-            )
-        return folder
+    """The package's cache folder, made if missing: in ``$XDG_CACHE_HOME`` or the platform's. Raises ConfigurationError."""
     try:
-        folder = _platform_cache() / "searchr1_async"
-    except RuntimeError:
-        return _temporary_cache("the user's home folder is not known")
-    problem = _problem_of(folder)
-    return folder if problem is None else _temporary_cache(f"{folder} cannot be created ({problem})")
-
-
-def _platform_cache() -> Path:
-    home = Path.home()
-    if sys.platform == "darwin":
-        return home / "Library" / "Caches"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
-    return home.absolute() / ".cache"
-
-
-def _problem_of(folder: Path) -> str | None:
-    """Why a folder cannot be created; None if it exists. A read-only one is still useful."""
-    try:
-        if not folder.is_dir():
-            folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        return error.strerror or str(error)
-    return None
-
-
-@cache
-def _temporary_cache(reason: str) -> Path:
-    owner = os.getuid() if hasattr(os, "getuid") else "cache"
-    advice = "set XDG_CACHE_HOME to a persistent, writable folder"
-    try:
-        folder = Path(tempfile.gettempdir()).absolute() / f"searchr1_async-{owner}"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        status = folder.lstat()
-    except OSError as error:
-        raise ConfigurationError(f"there is no cache folder: {reason}, and {error}: {advice}") from error
-    if not stat.S_ISDIR(status.st_mode) or (hasattr(os, "getuid") and status.st_uid != owner):
-        raise ConfigurationError(f"there is no cache folder: {reason}, and {folder} belongs to another user: {advice}")
-    logger.warning("%s: using the temporary folder %s for indexes and models: %s", reason, folder, advice)
+        folder = Path(user_cache_dir("searchr1_async", appauthor=False, opinion=False)).expanduser().absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:
+        raise ConfigurationError(
+            f"there is no cache folder for indexes and models ({error}): set XDG_CACHE_HOME to a folder that you can write to"
+        ) from error
     return folder
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path whose file then replaces ``path`` atomically, also across a power cut.
-
-    After a failed write (a full disk) the old file is unchanged and the temporary one removed.
-    """
+    """Yields a temporary path whose file then replaces ``path``, also across a power cut; a failed write leaves the old file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
@@ -221,7 +152,12 @@ def replacing(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    with contextlib.suppress(OSError):  # the rename itself; Windows cannot open a folder
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -240,6 +176,13 @@ def write_arrays(path: Path, **arrays: NDArray[Any]) -> None:
 def folder_bytes(folder: Path) -> int:
     """Total size of a folder's files; 0 if it does not exist."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def free_bytes(folder: Path) -> int:
+    """Free bytes on the disk of a folder, which may not exist yet."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -268,35 +211,18 @@ def write_all(file: BinaryIO, content: bytes | bytearray) -> None:
         written += file.write(bytes(content[written:]) if written else content)
 
 
-def sync_folder(folder: Path) -> None:
-    """Flushes a folder's entries to disk, so that a rename survives a power cut."""
-    with contextlib.suppress(OSError):  # Windows cannot open a folder
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 @contextlib.asynccontextmanager
 async def only_one(path: Path, work: str) -> AsyncIterator[None]:
-    """Waits for ``<path>.lock`` and holds it during the block.
-
-    Args:
-        path: the file or folder to work on.
-        work: what another process may be doing, for the log: ``"builds the index in …"``.
-    """
-    lock = FileLock(path.with_name(f"{path.name}.lock"), thread_local=False)
-    logged = False
-    while True:
-        try:
-            lock.acquire(timeout=0)
-            break
-        except Timeout:
-            if not logged:
-                logger.info("another process %s: waiting for it", work)
-                logged = True
-            await anyio.sleep(0.25)
+    """Waits for ``<path>.lock`` and holds it during the block; ``work`` is what another process may be doing, for the log."""
+    lock = FileLock(path.with_name(f"{path.name}.lock"), thread_local=False, blocking=False)
+    with contextlib.suppress(Timeout):
+        lock.acquire()
+    if not lock.is_locked:
+        logger.info("another process %s: waiting for it", work)
+    while not lock.is_locked:
+        await anyio.sleep(0.25)
+        with contextlib.suppress(Timeout):
+            lock.acquire()
     try:
         yield
     finally:
@@ -305,12 +231,10 @@ async def only_one(path: Path, work: str) -> AsyncIterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class OpenFiles:
-    """The limit of open files, and its use."""
+    """The limit of open files (None: the system reports none), and how many are open."""
 
     limit: int | None
-    """Maximum open files; None if the system reports none (Windows)."""
     used: int
-    """Files open now."""
 
     @property
     def requests(self) -> int | None:
@@ -318,7 +242,7 @@ class OpenFiles:
         if self.limit is None:
             return None
         left = self.limit - self.used - min(RESERVE, self.limit // 4)
-        return max(1, left // 2 if left < 2 * POSTING else left - POSTING)
+        return max(1, left - min(POSTING, left // 2))
 
     def warning(self, wanted: int) -> str | None:
         """A warning for a run that wants this many concurrent requests; None if the limit allows them."""
@@ -326,8 +250,8 @@ class OpenFiles:
         if most is None or most >= wanted:
             return None
         return (
-            f"this process may open {self.limit:,} files ({self.used:,} are open), which allows {most:,} concurrent sampling "
-            f"requests instead of {wanted:,}: raise the hard limit (ulimit -Hn, or nofile in limits.conf)"
+            f"this process may open {self.limit:,} files, which allows {most:,} concurrent sampling requests instead of "
+            f"{wanted:,}: raise the hard limit (ulimit -Hn, or nofile in limits.conf)"
         )
 
 
@@ -337,21 +261,17 @@ def raise_limit() -> OpenFiles:
         import resource
     except ImportError:  # Windows
         return OpenFiles(None, 0)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    kind = resource.RLIMIT_NOFILE
+    soft, hard = resource.getrlimit(kind)
     wanted = WANTED if hard == resource.RLIM_INFINITY else min(WANTED, hard)
     # macOS reports "unlimited", but accepts at most 10,240 (OPEN_MAX) if the kernel's limit is lower.
-    for value in (wanted, min(wanted, 10240)):
-        if soft == resource.RLIM_INFINITY or soft >= value:
-            break
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (value, hard))
-            break
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return OpenFiles(None if soft == resource.RLIM_INFINITY else soft, _used())
-
-
-def _used() -> int:
-    for folder in ("/proc/self/fd", "/dev/fd"):
-        with contextlib.suppress(OSError):
-            return sum(1 for _ in Path(folder).iterdir())
-    return 64
+    for value in (wanted, min(wanted, 10_240)):
+        if soft != resource.RLIM_INFINITY and soft < value:
+            with contextlib.suppress(OSError, ValueError):
+                resource.setrlimit(kind, (value, hard))
+        soft = resource.getrlimit(kind)[0]
+    try:
+        used = sum(1 for _ in Path("/dev/fd").iterdir())
+    except OSError:  # a container without it, or no file left
+        used = 64
+    return OpenFiles(None if soft == resource.RLIM_INFINITY else soft, used)

@@ -1,24 +1,22 @@
-"""Waits and work beside the event loop.
-
-A bounded wait for something external that takes over 5 seconds is reported once, with its reason and end;
-:class:`PausableDeadlines` do not advance while a run is paused. Blocking work runs in threads (:func:`in_thread`,
-:class:`OwnThread`), and frequent writes are combined (:class:`GatheredWriting`).
-"""
+"""Waits that are bounded and reported, deadlines that stop while a run is paused, and work in threads."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from datetime import datetime, timedelta
-from typing import Generic, ParamSpec, TypeVar
+from typing import Generic, ParamSpec, TypeVar, cast
 
 import anyio
 import anyio.to_thread
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 Item = TypeVar("Item")
@@ -41,18 +39,16 @@ def bounded_wait(
     """A block that waits for something external. Uses a timer, not a task.
 
     Args:
-        reason: what is being waited for: ``"the Tinker service does not respond"``.
-        notify: receives reason and end of the wait if the block still runs after :data:`REPORT_AFTER` seconds.
-        at_most: timeout in seconds.
-        deadlines: the timeout stops while these are paused.
+        reason: what is being waited for; ``notify`` receives it, with the end of the wait, after :data:`REPORT_AFTER` seconds.
+        at_most: timeout in seconds, which stops while ``deadlines`` are paused.
 
     Raises:
         TimeoutError: the block took longer than ``at_most`` seconds.
     """
-    loop = asyncio.get_running_loop()
-    timer = loop.call_later(REPORT_AFTER, lambda: notify(_sentence(reason, at_most - REPORT_AFTER)))
+    rest = at_most - REPORT_AFTER
+    timer = asyncio.get_running_loop().call_later(REPORT_AFTER, lambda: notify(_sentence(reason, rest)))
     try:
-        with anyio.move_on_after(at_most) if deadlines is None else deadlines.limit(at_most) as scope:
+        with (deadlines or PausableDeadlines()).limit(at_most) as scope:
             yield
         if scope.cancelled_caught:
             raise TimeoutError
@@ -61,13 +57,13 @@ def bounded_wait(
 
 
 def notify_of_wait(seconds: float, reason: str, notify: Notify) -> None:
-    """Reports the caller's own wait if it is over :data:`REPORT_AFTER` seconds. The caller bounds ``seconds``."""
+    """Reports the caller's own wait if it is over :data:`REPORT_AFTER` seconds."""
     if seconds > REPORT_AFTER:
         notify(_sentence(reason, seconds))
 
 
 async def pause(seconds: float, reason: str, notify: Notify) -> None:
-    """Sleeps; reports a sleep over :data:`REPORT_AFTER` seconds at its start. The caller bounds ``seconds``."""
+    """Sleeps; reports a sleep over :data:`REPORT_AFTER` seconds at its start."""
     notify_of_wait(seconds, reason, notify)
     await anyio.sleep(seconds)
 
@@ -83,7 +79,6 @@ class PausableDeadlines:
 
     @property
     def paused_seconds(self) -> float:
-        """Total seconds paused."""
         return self._paused_seconds + (0.0 if self._paused_at is None else anyio.current_time() - self._paused_at)
 
     @contextmanager
@@ -131,8 +126,7 @@ _governing: ContextVar[PausableDeadlines | None] = ContextVar("deadlines", defau
 @contextmanager
 def time_limit(seconds: float) -> Iterator[anyio.CancelScope]:
     """Cancels the block after this many seconds, not counting pauses of its run. Check ``cancelled_caught``."""
-    deadlines = _governing.get()
-    with anyio.move_on_after(seconds) if deadlines is None else deadlines.limit(seconds) as scope:
+    with (_governing.get() or PausableDeadlines()).limit(seconds) as scope:
         yield scope
 
 
@@ -150,39 +144,29 @@ def _sentence(reason: str, seconds: float) -> str:
 async def in_thread(function: Callable[[], Result]) -> Result:
     """Runs a function in a thread and waits for it even when cancelled, so that its files are free afterwards.
 
-    A long function should call ``anyio.from_thread.check_cancelled()`` regularly. The task group makes a plain ``Task.cancel``
-    (Ctrl-C) reach it: ``to_thread.run_sync`` alone would return at once and abandon the thread.
+    A long function should call ``anyio.from_thread.check_cancelled()``.
     """
     results: list[Result] = []
-    failures: list[Exception] = []
 
     async def work() -> None:
-        try:
-            results.append(await anyio.to_thread.run_sync(function))
-        except Exception as error:
-            failures.append(error)
+        results.append(await anyio.to_thread.run_sync(function))
 
-    async with anyio.create_task_group() as group:
-        group.start_soon(work)
-    if failures:
-        raise failures[0]
+    try:
+        async with anyio.create_task_group() as group:
+            group.start_soon(work)
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from failed.exceptions[0].__cause__
     return results[0]
 
 
 def prepared_ahead(items: Iterator[Item]) -> Generator[Item]:
     """The same items, each prepared in a thread while the previous one is used."""
+    end = object()
     with ThreadPoolExecutor(1, "searchr1-ahead") as pool:
-        coming = pool.submit(_next_of, items)
-        while found := coming.result():
-            coming = pool.submit(_next_of, items)
-            yield found[0]
-
-
-def _next_of(items: Iterator[Item]) -> tuple[Item] | None:
-    try:
-        return (next(items),)
-    except StopIteration:
-        return None
+        coming = pool.submit(next, items, end)
+        while (found := coming.result()) is not end:
+            coming = pool.submit(next, items, end)
+            yield cast(Item, found)
 
 
 def usable_cores() -> int:
@@ -190,35 +174,41 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class GatheredWriting:
-    """Calls ``write`` once, ``seconds`` after the first of several requests.
+class GatheredItems(Generic[Item]):
+    """Collects items and writes them in batches, ``seconds`` after the first; a write is not cancelled once started."""
 
-    Args:
-        write: writes whatever is pending, perhaps nothing.
-        seconds: the delay: the most a kill may cost.
-    """
-
-    def __init__(self, write: Callable[[], Awaitable[None]], seconds: float) -> None:
-        self._write, self._seconds = write, seconds
+    def __init__(self, write: Callable[[list[Item]], Awaitable[None]], seconds: float) -> None:
+        self._write_items, self._seconds = write, seconds
+        self._pending: list[Item] = []
         self._wanted = anyio.Event()
 
-    def want(self) -> None:
-        """Requests a write."""
+    def take(self, item: Item) -> None:
+        """Adds an item to the next write."""
+        self._pending.append(item)
         self._wanted.set()
 
     @asynccontextmanager
     async def writing(self) -> AsyncIterator[None]:
-        """Writes during the block, and a last time at its end, even after an error.
+        """Writes during the block, and at its end, even after an error. Raises what ``write`` raises, perhaps in an exception group.
 
-        Raises, within an exception group, what ``write`` raises.
+        After an error a last write that fails as well is logged: why the block failed matters more.
         """
+        has_failed = False
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._run)
                 yield
                 tasks.cancel_scope.cancel()
+        except Exception:
+            has_failed = True
+            raise
         finally:
-            await self._write()
+            try:
+                await self._write()
+            except Exception as error:
+                if not has_failed:
+                    raise
+                logger.warning("the last write failed as well: %s", error)
 
     async def _run(self) -> None:
         while True:
@@ -227,42 +217,17 @@ class GatheredWriting:
             self._wanted = anyio.Event()
             await self._write()
 
-
-class GatheredItems(Generic[Item]):
-    """Collects items and writes them in batches.
-
-    Args:
-        write: writes at least one item; not cancelled once started.
-        seconds: the delay: the most a kill may cost.
-    """
-
-    def __init__(self, write: Callable[[list[Item]], Awaitable[None]], seconds: float) -> None:
-        self._write = write
-        self._pending: list[Item] = []
-        self._gathered = GatheredWriting(self._write_pending, seconds)
-
-    def take(self, item: Item) -> None:
-        """Adds an item to the next write."""
-        self._pending.append(item)
-        self._gathered.want()
-
-    def writing(self) -> AbstractAsyncContextManager[None]:
-        """As :meth:`GatheredWriting.writing`."""
-        return self._gathered.writing()
-
-    async def _write_pending(self) -> None:
+    async def _write(self) -> None:
         pending, self._pending = self._pending, []
         if pending:
-            # Shielded: items taken from the list must reach the disk, even if the work is being stopped.
             with anyio.CancelScope(shield=True):
-                await self._write(pending)
+                await self._write_items(pending)
 
 
 class OwnThread:
-    """Runs functions one after another, always in the same thread, from any event loop.
+    """Runs functions one after another, always in the same thread: OpenMP keeps a thread pool for each thread that ever called it.
 
-    anyio's worker threads vary per call, and OpenMP keeps a thread pool for each thread that ever called it. A cancelled
-    caller returns at once: a queued function is dropped, a running one finishes on its own.
+    A cancelled caller returns at once: a queued function is dropped, a running one finishes on its own.
     """
 
     def __init__(self, name: str) -> None:

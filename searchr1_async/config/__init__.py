@@ -1,69 +1,37 @@
 """Settings as values: by concern (:mod:`.concerns`), and of a whole piece of work (:mod:`.configs`)."""
 
-from searchr1_async.config.concerns import (
-    MAX_SERVICE_OUTAGE,
-    AdvantageName,
-    BatchSettings,
-    CheckpointSettings,
-    CostSettings,
-    EpisodeLimits,
-    EpisodeSettings,
-    FaultSettings,
-    FirstTurn,
-    HeldOutSettings,
-    LearningSettings,
-    LengthSettings,
-    LocalOptions,
-    LossName,
-    Method,
-    ModelSettings,
-    NormalizationName,
-    PipelineSettings,
-    SamplingSettings,
-    ScheduleName,
-    ScoringSettings,
-    SelectionSettings,
-    WarmUp,
-    WeightsInFlight,
-    as_weights,
-)
-from searchr1_async.config.configs import AskConfig, Config, EvalConfig, RolloutConfig, TrainConfig
-from searchr1_async.config.sizes import LAPTOP, RECIPE, RunLearning, Sizes, chosen_sizes
-
-__all__ = [
-    "LAPTOP",
-    "MAX_SERVICE_OUTAGE",
-    "RECIPE",
-    "AdvantageName",
-    "AskConfig",
-    "BatchSettings",
-    "CheckpointSettings",
-    "Config",
-    "CostSettings",
-    "EpisodeLimits",
-    "EpisodeSettings",
-    "EvalConfig",
-    "FaultSettings",
-    "FirstTurn",
-    "HeldOutSettings",
-    "LearningSettings",
-    "LengthSettings",
-    "LocalOptions",
-    "LossName",
-    "Method",
-    "ModelSettings",
-    "NormalizationName",
-    "PipelineSettings",
-    "RolloutConfig",
-    "RunLearning",
-    "SamplingSettings",
-    "ScheduleName",
-    "ScoringSettings",
-    "SelectionSettings",
-    "Sizes",
-    "TrainConfig",
-    "WarmUp",
-    "WeightsInFlight",
-    "as_weights",
-    "chosen_sizes",
-]
+from searchr1_async.config.base import Config as Config
+from searchr1_async.config.concerns import MAX_SERVICE_OUTAGE as MAX_SERVICE_OUTAGE
+from searchr1_async.config.concerns import AdvantageName as AdvantageName
+from searchr1_async.config.concerns import BatchSettings as BatchSettings
+from searchr1_async.config.concerns import CheckpointSettings as CheckpointSettings
+from searchr1_async.config.concerns import CostSettings as CostSettings
+from searchr1_async.config.concerns import EpisodeLimits as EpisodeLimits
+from searchr1_async.config.concerns import EpisodeSettings as EpisodeSettings
+from searchr1_async.config.concerns import FaultSettings as FaultSettings
+from searchr1_async.config.concerns import FirstTurn as FirstTurn
+from searchr1_async.config.concerns import HeldOutSettings as HeldOutSettings
+from searchr1_async.config.concerns import LearningSettings as LearningSettings
+from searchr1_async.config.concerns import LengthSettings as LengthSettings
+from searchr1_async.config.concerns import LocalOptions as LocalOptions
+from searchr1_async.config.concerns import LossName as LossName
+from searchr1_async.config.concerns import Method as Method
+from searchr1_async.config.concerns import ModelSettings as ModelSettings
+from searchr1_async.config.concerns import NormalizationName as NormalizationName
+from searchr1_async.config.concerns import PipelineSettings as PipelineSettings
+from searchr1_async.config.concerns import SamplingSettings as SamplingSettings
+from searchr1_async.config.concerns import ScheduleName as ScheduleName
+from searchr1_async.config.concerns import ScoringSettings as ScoringSettings
+from searchr1_async.config.concerns import SelectionSettings as SelectionSettings
+from searchr1_async.config.concerns import WarmUp as WarmUp
+from searchr1_async.config.concerns import WeightsInFlight as WeightsInFlight
+from searchr1_async.config.concerns import as_weights as as_weights
+from searchr1_async.config.configs import LAPTOP as LAPTOP
+from searchr1_async.config.configs import RECIPE as RECIPE
+from searchr1_async.config.configs import AskConfig as AskConfig
+from searchr1_async.config.configs import EvalConfig as EvalConfig
+from searchr1_async.config.configs import RolloutConfig as RolloutConfig
+from searchr1_async.config.configs import RunLearning as RunLearning
+from searchr1_async.config.configs import Sizes as Sizes
+from searchr1_async.config.configs import TrainConfig as TrainConfig
+from searchr1_async.config.configs import chosen_sizes as chosen_sizes

@@ -1,15 +1,16 @@
-"""Settings by concern: frozen values, checked when created. Each field states its unit, its default and why.
+"""Settings by concern: frozen values, checked when created. Defaults are those of the Search-R1 recipe of tinker-cookbook.
 
-Defaults are those of the Search-R1 recipe of tinker-cookbook. ``metadata={"flat": name}`` is a field's name where settings are
-written flat; see :class:`searchr1_async.config.configs.Config`.
+``metadata={"flat": name}`` is a field's name where settings are written flat; see :class:`searchr1_async.config.base.Config`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field
 
 from searchr1_async.boundary.paths import absolute_path, as_name_or_folder
 from searchr1_async.boundary.settings import (
@@ -17,12 +18,12 @@ from searchr1_async.boundary.settings import (
     Natural,
     NotNegative,
     Positive,
-    Range,
     Seconds,
     Share,
-    as_numbers,
-    as_text,
+    check,
     check_settings,
+    plain,
+    settings_of,
 )
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.models import Price, Thinking
@@ -44,20 +45,17 @@ Method = Literal["search", "direct", "rag", "recipe"]
 """
 TINKER_PATH = "tinker://"
 
+DEFAULT_RANK = 32
+"""Rank of an adapter, as in the recipe."""
 MAX_SERVICE_OUTAGE = 3600.0
 """Seconds that work waits for a Tinker service that does not answer."""
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigurationError(message)
 
 
 def as_model(name: str, value: Any) -> str:
     """A model's name as given, which only a service can judge; a ``Path`` as the absolute path of its folder."""
     if isinstance(value, Path):
         return str(absolute_path(value, name))
-    if not (text := as_text(name, value)).strip():
+    if not (text := check(name, value, str)).strip():
         raise ConfigurationError(f"{name} is {value!r}: pass a name, or leave it out")
     return text
 
@@ -74,7 +72,8 @@ def _weights_text(name: str, value: Any) -> str:
 
 
 def _loss_config(name: str, value: Any) -> dict[str, float]:
-    return {} if value is None else as_numbers(name, value)
+    values = {key: plain(each) for key, each in value.items()} if isinstance(value, Mapping) else value
+    return check(name, {} if value is None else values, Mapping[str, float])
 
 
 class Checked:
@@ -100,44 +99,30 @@ class ModelSettings(Checked):
 
 @dataclass(frozen=True, slots=True)
 class EpisodeLimits:
-    """Limits of one episode.
-
-    Raises:
-        ConfigurationError: a limit is below 1, or ``max_trajectory_tokens`` leaves no room for a turn.
-    """
+    """Limits of one episode, with the recipe's defaults; each is documented at :class:`EpisodeSettings`."""
 
     max_turns: Count = 5
-    """Sampled turns per episode; a search call in the last turn is not run."""
     max_tokens: Count = 1024
-    """Sampled tokens per turn."""
     max_trajectory_tokens: Count = 32 * 1024
-    """Tokens of the whole episode; a turn starts only if ``max_tokens`` more would fit."""
     max_queries_per_call: Count = 20
-    """Queries per search call; a call with more is malformed."""
     malformed_calls: Literal["end", "tell"] = "end"
-    """On a malformed call, ``end`` the episode (the recipe) or ``tell`` the model the error and continue (Search-R1)."""
     max_seconds: Seconds | None = None
-    """Wall-clock seconds per episode, queueing included; None: no limit. An episode cut by it is never trained on, which biases
-    training towards short episodes: set it far out in the tail. Counted in ``env/all/stop/time_limit``."""
 
     def __post_init__(self) -> None:
         check_settings(self)
-        _require(
-            self.max_trajectory_tokens > self.max_tokens,
-            f"max_trajectory_tokens ({self.max_trajectory_tokens}) must be over max_tokens ({self.max_tokens}): "
-            "no turn would fit",
-        )
+        if self.max_trajectory_tokens <= self.max_tokens:
+            raise ConfigurationError(
+                f"max_trajectory_tokens ({self.max_trajectory_tokens}) must be over max_tokens ({self.max_tokens}): "
+                "no turn would fit"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpisodeSettings(Checked):
-    """How an episode is prompted and limited. None leaves a setting open: see :meth:`completed_by`.
+    """How an episode is prompted and limited. None leaves a setting open.
 
-    In a training run, open sizes follow the service (:mod:`searchr1_async.config.sizes`); the rest is the recipe's. With a run's
+    In a training run, open sizes follow the service (:mod:`searchr1_async.config.configs`); the rest is the recipe's. With a run's
     weights, open settings are the run's own.
-
-    Raises:
-        ConfigurationError: as :class:`EpisodeLimits`.
     """
 
     format: str | None = None
@@ -151,23 +136,23 @@ class EpisodeSettings(Checked):
     instructions: str | None = None
     """The system prompt. None: the format's own."""
     max_turns: Count | None = None
-    """Sampled turns per episode. Default: 5; on the embedded service 3."""
+    """Sampled turns per episode; a search call in the last turn is not run. Default: 5; on the embedded service 3."""
     max_tokens: Count | None = None
     """Sampled tokens per turn. Default: 1024; on the embedded service 64."""
     max_trajectory_tokens: Count | None = None
-    """Tokens of the whole episode. Default: 32768; on the embedded service 4096."""
+    """Tokens of the whole episode; a turn starts only if ``max_tokens`` more would fit. Default: 32768; on the embedded service 4096."""
     max_queries_per_call: Count | None = None
-    """Queries per search call. Default: 20."""
+    """Queries per search call; a call with more is malformed. Default: 20."""
     malformed_calls: Literal["end", "tell"] | None = None
-    """On a malformed call, ``end`` the episode (the default, as in the recipe) or ``tell`` the model and continue."""
+    """On a malformed call, ``end`` the episode (the default, as in the recipe) or ``tell`` the model the error and continue (Search-R1)."""
     max_seconds: Seconds | None = field(default=None, metadata={"flat": "episode_time_limit"})
-    """Seconds per episode; see :attr:`EpisodeLimits.max_seconds`. None: no limit."""
+    """Wall-clock seconds per episode, queueing included; None: no limit. An episode cut by it is never trained on, which biases
+    training towards short episodes: set it far out in the tail. Counted in ``env/all/stop/time_limit``."""
 
     def completed_by(self, other: EpisodeSettings) -> Self:
         """These settings, with open ones taken from the other."""
-        mine = {name: value for name, value in asdict(self).items() if value is not None}
-        names = {each.name for each in fields(self)}
-        return replace(self, **{name: value for name, value in asdict(other).items() if name in names} | mine)
+        theirs = asdict(other)
+        return replace(self, **{name: theirs.get(name) for name, value in asdict(self).items() if value is None})
 
     @property
     def format_name(self) -> str:
@@ -177,8 +162,7 @@ class EpisodeSettings(Checked):
     @property
     def limits(self) -> EpisodeLimits:
         """The limits, with the recipe's defaults for open ones; checks them together."""
-        chosen = {each.name: getattr(self, each.name) for each in fields(EpisodeLimits)}
-        return EpisodeLimits(**{name: value for name, value in chosen.items() if value is not None})
+        return settings_of(EpisodeLimits, {name: value for name, value in asdict(self).items() if value is not None})
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,11 +176,10 @@ class SamplingSettings(Checked):
     deadline: Seconds = field(default=1800.0, metadata={"flat": "sampling_deadline"})
     """Seconds per turn, queueing at the service and retries included; then the episode fails."""
     max_episodes_in_flight: Count = 4096
-    """Episodes in flight over all processes, which bounds memory (at most 60 KB each). How many of them sample at once adapts
-    to the service."""
+    """Episodes in flight over all processes, which bounds memory (at most 60 KB each). How many sample at once adapts."""
     first_turn: FirstTurn = "auto"
-    """Sample a group's first turns with one request for all members (``shared``: less client CPU, but every member waits for the
-    slowest), one request per member (``split``), or whichever measures cheaper (``auto``)."""
+    """Sample a group's first turns with one request (``shared``: less client CPU, but every member waits for the slowest) or one
+    per member (``split``). ``auto``: shared in training and rollouts, split in evaluations."""
     workers: Count | Literal["auto"] = 1
     """Rollout processes. 1: this one. 2 or more: that many workers (0.4 GB each), and this process only searches, scores and
     trains. ``auto``: starts with this process and adds workers, up to the number of cores, while all are CPU-bound."""
@@ -206,28 +189,26 @@ class SamplingSettings(Checked):
 class PipelineSettings:
     """How rollout and training overlap.
 
-    A batch is ``groups_per_batch`` groups, in the order they finish. With ``max_staleness`` k, a group that started with the
-    weights after v optimiser batches is trained on in batch v + 1 + k at the latest: that batch waits for it, and no group
-    starts that could be later. So no finished group is discarded as stale.
+    With ``max_staleness`` k, a group that started with the weights after v batches is trained on in batch v + 1 + k at the latest:
+    that batch waits for it, and no group starts that could be later. So no finished group is discarded as stale.
     """
 
     max_staleness: Natural = 0
-    """How many batches old the weights a group was sampled from may be. 0 is on-policy: nothing samples while the optimiser
+    """How many batches old the weights a group was sampled from may be. 0 is on-policy: nothing samples while the optimizer
     steps. From 1 on, the next batch's episodes start while the last ones finish and while the trainer works."""
     synchronous: bool = False
     """Train only once the whole batch is rolled out, as in a plain loop; the gradient is the same as with streaming."""
     weights_in_flight: WeightsInFlight = "snapshot"
     """``snapshot``: an episode keeps the weights it started with. ``inflight``: running episodes switch to new weights as they
-    are published and keep their key/value cache; every token keeps the log-probability it was sampled with, so importance
-    ratios stay exact. The service does not report which weights sampled a token, so versions and staleness are those of the
-    episode's start: an upper bound. With ``max_staleness=0`` nothing is published while episodes run, and both are the same."""
+    are published and keep their key/value cache; importance ratios stay exact. The service does not report which weights sampled
+    a token, so versions and staleness are those of the episode's start: an upper bound. The same with ``max_staleness=0``."""
     spare_groups: Natural = 0
     """Extra groups started per batch. Once the batch is full, up to this many of its slowest groups are cancelled and dropped as
     ``too_slow``. Biases training towards questions with short episodes."""
     refill_groups: Natural = 0
     """Extra groups per batch, rolled out to replace groups whose rewards are all equal (dynamic sampling: Yu et al., 2025,
     "DAPO"). Biases training towards questions of medium difficulty, on purpose."""
-    min_members: Annotated[int, Range(at_least=2)] = 2
+    min_members: Annotated[int, Field(ge=2)] = 2
     """Finished episodes a group needs to be trained on, at least 2 for an advantage; with fewer it is dropped as
     ``too_few_episodes``. A group cut by ``step_time_limit`` is trained on without its slowest, which biases it to short episodes."""
     step_time_limit: Seconds | None = None
@@ -236,10 +217,8 @@ class PipelineSettings:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        _require(
-            not (self.synchronous and self.max_staleness),
-            "synchronous learning is on-policy: choose max_staleness=0, or synchronous=False",
-        )
+        if self.synchronous and self.max_staleness:
+            raise ConfigurationError("synchronous learning is on-policy: choose max_staleness=0, or synchronous=False")
 
     @property
     def is_off_policy(self) -> bool:
@@ -249,14 +228,13 @@ class PipelineSettings:
 
 @dataclass(frozen=True, slots=True)
 class WarmUp:
-    """Supervised warm-up on demonstrations before reinforcement learning.
+    """Supervised warm-up before reinforcement learning, on scripted episodes (ideal searches, then the answer) of the real search.
 
-    A demonstration is a scripted episode (ideal searches, then the answer) run through the real search. Only those whose
-    passages contain a golden answer are trained on, so the model does not learn to guess.
+    Only those whose passages contain a golden answer are trained on, so the model does not learn to guess.
     """
 
     steps: Count = 8
-    """Optimiser steps."""
+    """Optimizer steps."""
     batch_size: Count = 16
     """Demonstrations per step. 6 to 15 steps of 16 taught a 135M model 95 to 99 % valid calls."""
     learning_rate: Positive = 1e-3
@@ -268,26 +246,23 @@ class WarmUp:
 
 @dataclass(frozen=True, slots=True)
 class BatchSettings:
-    """What a batch consists of. None: chosen by the service, or the run's own on a resume (:mod:`searchr1_async.config.sizes`)."""
+    """What a batch consists of. None: chosen by the service, or the run's own on a resume (:mod:`searchr1_async.config.configs`)."""
 
-    group_size: Annotated[int, Range(at_least=2)] | None = None
+    group_size: Annotated[int, Field(ge=2)] | None = None
     """Episodes per question, at least 2: advantages are centred over them. Default: 8."""
     groups_per_batch: Count | None = None
     """Questions per batch. Default: 512; on the embedded service 8."""
     minibatches: Count | None = None
-    """Parts of a batch, equal in tokens, sent to the trainer as their groups finish (streaming). More are sent if the trainer
-    would be idle. Default: 4, or ``groups_per_batch`` if less."""
+    """Parts of a batch, equal in tokens, sent to the trainer as their groups finish, and more if it would be idle. Default: 4, or
+    ``groups_per_batch`` if less."""
     drop_constant_groups: bool = True
     """Leave out groups whose rewards are all equal: their advantages are 0."""
 
     def __post_init__(self) -> None:
         check_settings(self)
-        _require_no_more("minibatches", self.minibatches, self.groups_per_batch)
-
-
-def _require_no_more(name: str, value: int | None, groups_per_batch: int | None) -> None:
-    if value is not None and groups_per_batch is not None:
-        _require(value <= groups_per_batch, f"{name} ({value}) must not exceed groups_per_batch ({groups_per_batch})")
+        parts, groups = self.minibatches, self.groups_per_batch
+        if parts is not None and groups is not None and parts > groups:
+            raise ConfigurationError(f"minibatches ({parts}) must not exceed groups_per_batch ({groups})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,7 +328,7 @@ class FaultSettings(Checked):
 class CostSettings(Checked):
     """What a run may cost. A resume may change it."""
 
-    max_cost: float | None = None
+    max_cost: Positive | None = None
     """US dollars, earlier sessions of the run included. No step starts that would exceed it, assuming it costs as much as the most
     expensive so far (the first: as estimated) plus the final evaluation; the run then ends with its resume point. Evaluations before
     the first step, the warm-up, and questions asked of the run are counted but not limited. None: no limit. The embedded service
@@ -378,10 +353,10 @@ class SelectionSettings(Checked):
 
 @dataclass(frozen=True, slots=True)
 class LearningSettings(Checked):
-    """How groups become optimiser steps."""
+    """How groups become optimizer steps."""
 
     optimizer_steps: Count = 1
-    """Optimiser steps per batch, each on an equal share of its groups in the order they finished (``num_substeps`` of
+    """Optimizer steps per batch, each on an equal share of its groups in the order they finished (``num_substeps`` of
     tinker-cookbook); the k-th learns from weights k - 1 steps old."""
     learning_rate: Positive = 4e-5
     """Peak learning rate."""
@@ -394,8 +369,7 @@ class LearningSettings(Checked):
     start_from: Annotated[str, _weights_text] | None = None
     """Weights to start from, with a new optimizer: another run's folder (its last kept weights, or ``runs/first@best`` or
     ``runs/first@40`` for a step), a ``tinker://RUN/weights/NAME`` path or, on the embedded service, a PEFT adapter's folder. They set
-    the rank and, without ``model``, the base model. The KL penalty still is towards the base model. A resume must pass the same
-    value, but the weights need not exist any more."""
+    the rank and, without ``model``, the base model. A resume must pass the same value."""
     beta1: Share = 0.9
     beta2: Share = 0.95
     epsilon: Positive = 1e-8
@@ -404,13 +378,11 @@ class LearningSettings(Checked):
     loss: LossName | None = None
     """A loss of the service, or None to choose, which the run reports: ``importance_sampling`` on-policy (the recipe);
     off-policy (``max_staleness`` above 0 or ``inflight`` weights) ``stable_reinforce`` if the service has it, else the clipped
-    ``ppo``. With ``loss_config``, or when only ``optimizer_steps`` is above 1, ``ppo``. Off-policy, the importance ratio is
-    unbounded in the unclipped loss and a few tokens could dominate a step (Schulman et al., 2017, "Proximal Policy Optimization
-    Algorithms"). A resumed run keeps its loss.
+    ``ppo``: unclipped, a few tokens could dominate a step. With ``loss_config``, or when only ``optimizer_steps`` is above 1,
+    ``ppo``. A resumed run keeps its loss.
 
     ``stable_reinforce`` accepts only samples recorded in the same session less than a day ago. Groups that finished before a
-    resume, or more than 20 hours before training, are therefore trained on with ``ppo`` in the same optimiser step, with an
-    extra request per mixed minibatch. ``optim/fallback_datums`` counts them."""
+    resume are therefore trained on with ``ppo`` in the same optimizer step (``optim/fallback_datums`` counts them)."""
     loss_config: Annotated[Mapping[str, float], _loss_config] = field(default_factory=dict)
     """Passed to the service with the loss (``clip_low_threshold``, …); not to the ``ppo`` fallback of ``stable_reinforce``."""
     advantage: AdvantageName = "centred"
@@ -430,7 +402,7 @@ class LearningSettings(Checked):
 class LocalOptions(Checked):
     """Options of the embedded Tinker service."""
 
-    port: Annotated[int, Range(at_least=0, at_most=65_535)] = 0
+    port: Annotated[int, Field(ge=0, le=65_535)] = 0
     """0: any free port."""
     threads: Count | None = None
     """CPU threads of the model; None: all cores."""

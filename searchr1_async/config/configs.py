@@ -1,36 +1,19 @@
-"""The settings of a whole piece of work as one frozen value: written flat, read by concern, kept as TOML or JSON.
-
-::
-
-    config = TrainConfig(group_size=8, steps=12, learning_rate=1e-4)
-    config.batch.group_size
-    config.replace(group_size=4)
-    TrainConfig.from_toml(config.to_toml()) == config
-"""
-
-# ruff: noqa: RUF009 (the concerns are frozen: one default serves all)
+"""The configs of the public functions, and the sizes of a run: the recipe's, or a laptop's on the embedded service."""
 
 from __future__ import annotations
 
-import difflib
-import functools
-import inspect
-import json
-import re
-import tomllib
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
-from functools import cache
-from pathlib import Path
-from typing import Annotated, Any, NamedTuple, ParamSpec, Self, TypeVar, get_args, get_type_hints
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
 
-from searchr1_async.boundary.paths import absolute_path, write_atomically
-from searchr1_async.boundary.settings import Count, as_flag, check_setting, list_of, shown_with_kind
+from searchr1_async.boundary.settings import Count, settings_of
+from searchr1_async.config.base import Config
 from searchr1_async.config.concerns import (
+    DEFAULT_RANK,
     BatchSettings,
     CheckpointSettings,
     CostSettings,
+    EpisodeLimits,
     EpisodeSettings,
     FaultSettings,
     HeldOutSettings,
@@ -45,257 +28,60 @@ from searchr1_async.config.concerns import (
     SelectionSettings,
     WarmUp,
 )
-from searchr1_async.config.sizes import LAPTOP, RECIPE
 from searchr1_async.errors import ConfigurationError
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-_NONE = "none"
-"""How TOML, which has no null, writes None where the default is another value."""
+# ruff: noqa: RUF009 (the concerns are frozen: one default serves all)
 
 
-class Place(NamedTuple):
-    """Where a setting is kept: in a concern of a config, or in the config itself."""
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Sizes of a run, named as its settings; ``steps=None`` is all batches of ``epochs``."""
 
-    concern: str | None
-    field: str
+    group_size: int
+    groups_per_batch: int
+    minibatches: int
+    steps: int | None
+    max_turns: int
+    max_tokens: int
+    max_trajectory_tokens: int
+    epochs: int = 1
 
-
-@cache
-def places_of(kind: type[Config]) -> dict[str, Place]:
-    """The place of every flat name of a kind of config. A name of two concerns is left out."""
-    found: dict[str, list[Place]] = {}
-    for own in fields(kind):
-        if not is_dataclass(own.default):
-            found.setdefault(own.name, []).append(Place(None, own.name))
-            continue
-        for each in fields(own.default):
-            found.setdefault(each.metadata.get("flat", each.name), []).append(Place(own.name, each.name))
-    return {name: places[0] for name, places in found.items() if len(places) == 1}
-
-
-@dataclass(frozen=True, init=False, repr=False)
-class Config:
-    """A frozen value of settings by concern.
-
-    Created with flat names, with concerns (``batch=BatchSettings(…)``), or with tables (``batch={"group_size": 8}``).
-
-    Raises:
-        ConfigurationError: an unknown name, or a value out of range; it names the setting.
-    """
-
-    def __init__(self, **settings: Any) -> None:
-        self._set({each.name: each.default for each in fields(self)}, settings)
-
-    def replace(self, **settings: Any) -> Self:
-        """A copy with these settings changed; names and errors as in the constructor."""
-        changed = object.__new__(type(self))
-        changed._set({each.name: getattr(self, each.name) for each in fields(self)}, settings)
-        return changed
-
-    def flat(self) -> dict[str, Any]:
-        """All settings by their flat names."""
-        return {
-            name: getattr(self if concern is None else getattr(self, concern), own)
-            for name, (concern, own) in places_of(type(self)).items()
-        }
-
-    def to_dict(self) -> dict[str, Any]:
-        """Tables of plain values, by concern."""
-        return asdict(self)
-
-    def to_json(self) -> str:
-        """As JSON."""
-        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Reads :meth:`to_json`, or any part of it; the rest has its defaults.
-
-        Raises:
-            ConfigurationError: not JSON, or as the constructor.
-        """
-        try:
-            values = json.loads(text)
-        except ValueError as error:
-            raise ConfigurationError(f"the settings are not JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise ConfigurationError(f"the settings are {shown_with_kind(values)}: expected an object")
-        return cls(**values)
-
-    def to_toml(self) -> str:
-        """As TOML, one table per concern."""
-        return "\n".join(_toml(self.to_dict(), type(self)().to_dict())).lstrip("\n") + "\n"
-
-    @classmethod
-    def from_toml(cls, text: str) -> Self:
-        """Reads :meth:`to_toml`, or any part of it; the rest has its defaults. Flat names may stand above the tables.
-
-        Raises:
-            ConfigurationError: not TOML, or as the constructor.
-        """
-        try:
-            values = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigurationError(f"the settings are not TOML: {error}") from error
-        return cls(**_with_none(values, cls().to_dict()))
-
-    def save(self, path: str | Path) -> None:
-        """Writes a TOML file atomically. Raises OSError."""
-        write_atomically(absolute_path(path), self.to_toml().encode())
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Reads a ``.toml`` or ``.json`` file.
-
-        Raises:
-            ConfigurationError: it cannot be read, or as the constructor.
-        """
-        path = absolute_path(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise ConfigurationError(f"cannot read the settings {path}: {error}") from error
-        return cls.from_json(text) if path.suffix == ".json" else cls.from_toml(text)
-
-    def __repr__(self) -> str:
-        usual = type(self)().flat()
-        other = ", ".join(f"{name}={value!r}" for name, value in self.flat().items() if value != usual[name])
-        return f"{type(self).__name__}({other})"
-
-    def _set(self, values: dict[str, Any], settings: Mapping[str, Any]) -> None:
-        kind, changes = type(self), dict[str, dict[str, Any]]()
-        for name, value in settings.items():
-            is_concern = is_dataclass(values.get(name))
-            if is_concern and (isinstance(value, type(values[name])) or (value is None and name == "local")):
-                values[name] = values[name] if value is None else value
-            elif is_concern and isinstance(value, Mapping):
-                changes.setdefault(name, {}).update(_from_table(type(values[name]), name, value))
-            elif (place := places_of(kind).get(name)) is not None:
-                concern, own = place
-                owner = kind if concern is None else type(values[concern])
-                checked = _checked(owner, own, name, value)
-                if concern is None:
-                    values[name] = checked
-                else:
-                    changes.setdefault(concern, {})[own] = checked
-            elif is_concern:
-                check_setting(kind, name, value, name)  # raises
-            elif name == "switch_weights_in_flight" and kind is TrainConfig:
-                changes.setdefault("pipeline", {})["weights_in_flight"] = _of_deprecated(value)
-            else:
-                raise ConfigurationError(_unknown(kind, name))
-        for name, changed in changes.items():
-            values[name] = replace(values[name], **changed)
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
-        self._check_relations()
-
-    def _check_relations(self) -> None:
-        """Refuses settings that contradict each other."""
+    def __str__(self) -> str:
+        steps = "" if self.steps is None else f"{self.steps} steps of "
+        return (
+            f"{steps}{self.groups_per_batch} groups of {self.group_size} episodes, at most {self.max_turns} turns of "
+            f"{self.max_tokens} tokens"
+        )
 
 
-def takes_config(kind: type[Config], **renamed: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Lets a function with a ``config`` parameter refuse settings passed as its own keywords, saying where they belong.
+RECIPE = settings_of(Sizes, asdict(EpisodeLimits()), group_size=8, groups_per_batch=512, minibatches=4, steps=None)
+"""Sizes of the Search-R1 recipe of tinker-cookbook."""
+LAPTOP = replace(RECIPE, groups_per_batch=8, steps=12, max_turns=3, max_tokens=64, max_trajectory_tokens=4096)
+"""Sizes on the embedded service: 768 episodes; one step of the recipe has 4,096, most of a day on two cores."""
+
+
+def chosen_sizes(
+    given: Mapping[str, Any], *, questions: int, is_embedded: bool, begun: Mapping[str, Any] | None = None
+) -> Sizes:
+    """The sizes of a run.
 
     Args:
-        renamed: earlier keywords, with what to pass instead.
+        given: the settings by their flat names; None: not set.
+        questions: number of training questions; a run with the laptop's default steps uses each at most once.
+        is_embedded: on the embedded service.
+        begun: recorded settings of the run to resume, whose sizes apply.
     """
-
-    def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        parameters = inspect.signature(function).parameters
-
-        @functools.wraps(function)
-        def called(*args: P.args, **keywords: P.kwargs) -> R:
-            for name in keywords.keys() & renamed.keys():
-                raise ConfigurationError(f"{name}: pass {renamed[name]} instead")
-            settings = {*places_of(kind), *(each.name for each in fields(kind))}
-            misplaced = [name for name in keywords if name not in parameters and name in settings]
-            if misplaced:
-                names = ", ".join(f"{name}=…" for name in misplaced)
-                raise ConfigurationError(
-                    f"{', '.join(misplaced)}: a setting belongs in the config: "
-                    f"{function.__name__}(…, config=sr.config.{kind.__name__}({names}))"
-                )
-            return function(*args, **keywords)
-
-        return called
-
-    return decorate
-
-
-def _of_deprecated(switches: Any) -> str:
-    switches = as_flag("switch_weights_in_flight", switches)
-    text = 'switch_weights_in_flight is deprecated: use weights_in_flight="inflight" or "snapshot"'
-    warnings.warn(text, DeprecationWarning, stacklevel=4)
-    return "inflight" if switches else "snapshot"
-
-
-def _unknown(kind: type[Config], name: str) -> str:
-    tables = [each.name for each in fields(kind) if is_dataclass(each.default)]
-    close = difflib.get_close_matches(name, [*places_of(kind), *tables], 3)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"see the fields of its concerns {', '.join(tables)}"
-    return f"{kind.__name__} has no setting {name!r}: {hint}"
-
-
-def _from_table(concern: type, table: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    names = {each.name for each in fields(concern)}
-    if unknown := sorted(values.keys() - names):
-        raise ConfigurationError(f"{table} has no setting {unknown[0]!r}: it has {', '.join(sorted(names))}")
-    return {name: _checked(concern, name, f"{table}.{name}", value) for name, value in values.items()}
-
-
-def _checked(owner: type, own: str, name: str, value: Any) -> Any:
-    """A setting's value, checked; a table becomes the dataclass that it stands for (``warm_up``, ``price``)."""
-    if isinstance(value, Mapping) and (kind := _value_type(owner, own)) is not None:
-        needed = [each.name for each in fields(kind) if each.default is each.default_factory is MISSING]
-        if lacking := [each for each in needed if each not in value]:
-            raise ConfigurationError(f"{name} has no {' and no '.join(lacking)}: it needs {', '.join(needed)}")
-        value = kind(**_from_table(kind, name, value))
-    return check_setting(owner, own, value, name)
-
-
-@cache
-def _value_type(owner: type, own: str) -> Any:
-    return next((member for member in get_args(get_type_hints(owner)[own]) if is_dataclass(member)), None)
-
-
-def _toml(table: Mapping[str, Any], usual: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[str]:
-    """The lines of a table: its own values, then its tables."""
-    tables = {name: value for name, value in table.items() if isinstance(value, Mapping)}
-    if path and (len(tables) < len(table) or not table):
-        yield f"\n[{'.'.join(map(_key, path))}]"
-    for name, value in table.items():
-        if value is None and usual.get(name) is not None:
-            value = _NONE
-        if value is not None and name not in tables:
-            yield f"{_key(name)} = {_toml_value(value)}"
-    for name, value in tables.items():
-        yield from _toml(value, usual.get(name) or {}, (*path, name))
-
-
-def _key(name: str) -> str:
-    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml_value(name)
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return f"[{', '.join(map(_toml_value, value))}]"
-    # Strings, numbers and booleans are written as in JSON, but for one control character.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _with_none(values: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
-    """The opposite of what :func:`_toml` does with None."""
-    return {
-        name: _with_none(value, usual.get(name) or {})
-        if isinstance(value, Mapping)
-        else None
-        if value == _NONE and isinstance(usual.get(name), int)
-        else value
-        for name, value in values.items()
-    }
+    own = {**(begun or {}).get("limits", {}), **(begun or {}).get("learning", {})}
+    known = own | {name: value for name, value in given.items() if value is not None} | {"steps": given.get("steps")}
+    default = LAPTOP if is_embedded else RECIPE
+    sizes = settings_of(Sizes, asdict(default) | known)
+    if "minibatches" not in known:
+        sizes = replace(sizes, minibatches=min(sizes.minibatches, sizes.groups_per_batch))
+    says_nothing = all(given.get(name) is None for name in ("steps", "groups_per_batch", "epochs", "time_limit"))
+    # A run started with another batch size was started to complete its epochs.
+    if not says_nothing or default.steps is None or sizes.groups_per_batch != default.groups_per_batch:
+        return sizes
+    return replace(sizes, steps=default.steps) if questions > default.steps * sizes.groups_per_batch else sizes
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -333,9 +119,9 @@ class EvalConfig(Config):
 
     label: str = "evaluation"
     """Label of the system, if there is one without a label."""
-    baselines: Annotated[Sequence[Method], list_of(Method)] = ()
+    baselines: Sequence[Method] = ()
     """Additional systems that use the base model in other ways: ``direct``, ``rag``, ``recipe`` (the last needs
-    ``pip install 'searchr1_async[recipe]'``); see :class:`~searchr1_async.evaluation.systems.System`."""
+    ``pip install 'searchr1_async[recipe]'``); see :class:`~searchr1_async.evaluation.plan.System`."""
     selection: SelectionSettings = SelectionSettings()
     model: ModelSettings = ModelSettings()
     episode: EpisodeSettings = EpisodeSettings()
@@ -367,16 +153,6 @@ class TrainConfig(Config):
     cost: CostSettings = CostSettings()
     local: LocalOptions = LocalOptions()
 
-    @classmethod
-    def search_r1(cls) -> Self:
-        """The recipe with its sizes: 512 groups of 8 episodes per batch, whatever the service."""
-        return cls(**asdict(RECIPE))
-
-    @classmethod
-    def laptop(cls) -> Self:
-        """Sizes for the embedded service on a laptop: 12 steps of 8 groups of 8 episodes."""
-        return cls(**asdict(LAPTOP))
-
     @property
     def seed(self) -> int:
         """The run's seed."""
@@ -398,3 +174,24 @@ class TrainConfig(Config):
             raise ConfigurationError("refill_groups replaces dropped groups: it needs drop_constant_groups=True")
         if self.checkpoints.keep_best and self.evaluation.evaluate_every is None:
             raise ConfigurationError("keep_best needs evaluate_every: it selects among the evaluated steps")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunLearning(LearningSettings):
+    """The learning settings of a run with its sizes, all of them chosen; each is documented at its concern."""
+
+    lora_rank: int = DEFAULT_RANK
+    group_size: int
+    groups_per_batch: int
+    minibatches: int
+    drop_constant_groups: bool
+    steps: int | None
+    epochs: int
+    seed: int
+    checkpoint_every: int
+    max_failed_fraction: float
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> Self:
+        """Those of a config whose sizes are chosen."""
+        return settings_of(cls, config.flat())

@@ -5,198 +5,94 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from contextlib import suppress
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from searchr1_async.boundary.paths import absolute_path, cache_folder
+from searchr1_async.boundary import tables
+from searchr1_async.boundary.paths import cache_folder
 from searchr1_async.boundary.settings import shown
-from searchr1_async.boundary.tables import (
-    FORMATS,
-    ArrowTable,
-    Columns,
-    MemoryRows,
-    UnreadableFileError,
-    is_data_file,
-    read_rows,
-    renamed,
-)
-from searchr1_async.data.layouts import PASSAGE_COLUMNS, LayoutError, passage_of
+from searchr1_async.boundary.tables import ArrowTable, Columns, LayoutError, Row, is_missing
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import CorpusError
 
 logger = logging.getLogger(__name__)
 
-_COLUMNS = frozenset(PASSAGE_COLUMNS)
+PASSAGE_COLUMNS = ("text", "id", "title", "contents")
 _READER = "2"
 """Version of the passages read from a file; increase it when the same file yields others, to invalidate cached fingerprints."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Content:
-    """The result of a full pass over a corpus."""
-
-    count: int
-    fingerprint: str
-
-
-class Corpus(ABC):
-    """Passages in a fixed order, with unique ids and non-blank texts.
+class Corpus:
+    """Passages in a fixed order, with unique ids and non-blank texts; see :func:`load_corpus`.
 
     ``len(corpus)`` and :attr:`fingerprint` read and check the whole corpus once. For a file, the result is cached in the user's
     cache folder until the file changes.
+
+    Args:
+        source: for messages.
+        rows: starts reading the rows or passages, each with its place; ``columns`` are their names there.
+        file: the file, if the result of a full pass may be cached.
     """
 
-    def __init__(self, source: str) -> None:
+    def __init__(
+        self, source: str, rows: Callable[[], Iterable[Row]], columns: Columns | None = None, file: Path | None = None
+    ) -> None:
         self.source = source
-        """``"atlas"`` or the file's path, for messages."""
-
-    @abstractmethod
-    def _passages(self) -> Iterator[tuple[str, Passage]]:
-        """All passages with their place in the source."""
+        self._rows, self._columns, self._file = rows, columns, file
 
     def __len__(self) -> int:
-        """The number of passages.
-
-        Raises:
-            CorpusError: see :meth:`check`.
-        """
-        return self._content.count
+        """The number of passages. Raises as :meth:`check`."""
+        return self._content[0]
 
     @property
     def fingerprint(self) -> str:
-        """A hash of ids, titles and texts in order, 32 hexadecimal digits.
+        """A hash of ids, titles and texts in order, 32 hexadecimal digits. Raises as :meth:`check`."""
+        return self._content[1]
 
-        Raises:
-            CorpusError: see :meth:`check`.
-        """
-        return self._content.fingerprint
-
-    def check(self) -> None:
-        """Reads and checks the whole corpus, once.
-
-        Raises:
-            CorpusError: it is empty or unreadable, or a passage lacks an id or text, or has a duplicate id.
-        """
-        _ = self._content
-
-    def check_first(self) -> None:
-        """Checks the first passage only.
-
-        Raises:
-            CorpusError: it is missing or unusable.
-        """
-        if next(self._passages(), None) is None:
+    def check(self, *, first_only: bool = False) -> None:
+        """Reads and checks the whole corpus once, or its first passage. Raises CorpusError if a passage is unusable or there is none."""
+        if not first_only:
+            _ = self._content
+        elif next(self.passages(), None) is None:
             raise CorpusError(f"{self.source} holds no passages")
 
     def passages(self, start: int = 0) -> Iterator[Passage]:
         """All passages from number ``start`` (0-based)."""
-        for _, passage in islice(self._passages(), start, None):
-            yield passage
+        return (passage for _, passage in islice(self._read(), start, None))
 
     def batches(self, size: int, start: int = 0) -> Iterator[list[Passage]]:
         """Lists of ``size`` passages in order, the last one possibly shorter, after skipping ``start`` passages."""
-        if size < 1:
-            raise CorpusError(f"batch size is {size}: it must be at least 1")
         passages = self.passages(start)
         while batch := list(islice(passages, size)):
             yield batch
 
-    @cached_property
-    def _content(self) -> _Content:
-        return _read_whole(self.source, self._passages)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.source!r})"
-
-
-class MemoryCorpus(Corpus):
-    """Passages, or rows of a table, in memory.
-
-    Args:
-        passages: passages, or a table with the rows of a corpus file.
-        source: for messages; None uses the table's kind.
-        columns: see :func:`load_corpus`.
-
-    Raises:
-        CorpusError: it is not a table.
-    """
-
-    def __init__(
-        self,
-        passages: Iterable[Passage] | Iterable[Mapping[str, Any]] | ArrowTable,
-        source: str | None = None,
-        columns: Columns | None = None,
-    ) -> None:
-        try:
-            self._table = MemoryRows(passages)
-            self._are_passages = isinstance(self._table.first(), Passage)
-        except UnreadableFileError as error:
-            raise CorpusError(str(error)) from error
-        super().__init__(
-            source or ("passages" if self._are_passages or self._table.kind == "rows" else self._table.name)
-        )
-        self._columns = columns
-        self.is_large = self._table.kind == "dataset"
-        """Whether it may exceed memory."""
-
-    def _passages(self) -> Iterator[tuple[str, Passage]]:
-        return self._given() if self._are_passages else _read_passages(self.source, self._table.rows, self._columns)
-
-    def _given(self) -> Iterator[tuple[str, Passage]]:
-        for number, (_, passage) in enumerate(self._table, start=1):
-            if not isinstance(passage, Passage):
-                raise CorpusError(
-                    f"{self.source}, passage {number} is a {type(passage).__name__}: pass Passage(…) for each"
-                )
-            if not passage.id or not passage.text.strip():
-                raise CorpusError(f"{self.source}, passage {number} has no {'text' if passage.id else 'id'}")
-            yield f"passage {number}", passage
-
-
-class FileCorpus(Corpus):
-    """A file with the columns ``id``, ``title`` and ``text``; or, as in Search-R1 and FlashRAG, with ``id`` and ``contents`` (the
-    title in quotes, a newline, the text). Other columns are ignored.
-
-    Raises:
-        CorpusError: the file cannot be read, or its first row lacks a column.
-    """
-
-    def __init__(self, path: Path, columns: Columns | None = None) -> None:
-        super().__init__(str(path))
-        self._path = path
-        self._columns = columns
-        self.check_first()
-
-    def _passages(self) -> Iterator[tuple[str, Passage]]:
-        # All columns if any is renamed, so that an error can list them.
-        wanted = None if self._columns else _COLUMNS
-        return _read_passages(self.source, lambda: read_rows(self._path, wanted), self._columns)
+    def _read(self) -> Iterator[tuple[str, Passage]]:
+        """Each passage with its place in the source."""
+        with tables.table_errors(CorpusError):
+            yield from tables.read_values(self.source, self._rows(), self._columns, PASSAGE_COLUMNS, passage_of)
 
     @cached_property
-    def _content(self) -> _Content:
-        status = self._path.stat()
-        named = json.dumps(dict(self._columns or {}), sort_keys=True)
-        state = f"{self._path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0{_READER}\0{named}"
-        kept = cache_folder() / "corpora" / f"{hashlib.sha256(state.encode()).hexdigest()[:32]}.json"
-        try:
+    def _content(self) -> tuple[int, str]:
+        """The number of passages, and the fingerprint."""
+        if self._file is None:
+            return _read_whole(self.source, self._read)
+        kept = cache_folder() / "corpora" / f"{_state_of(self._file, self._columns)}.json"
+        with suppress(OSError, ValueError, KeyError, TypeError):
             found = json.loads(kept.read_text(encoding="utf-8"))
-            return _Content(int(found["count"]), str(found["fingerprint"]))
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-        content = _read_whole(self.source, self._passages)
+            return int(found["count"]), str(found["fingerprint"])
+        count, fingerprint = _read_whole(self.source, self._read)
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_text(json.dumps({"count": content.count, "fingerprint": content.fingerprint}), encoding="utf-8")
+            kept.write_text(json.dumps({"count": count, "fingerprint": fingerprint}), encoding="utf-8")
         except OSError as error:  # a read-only home directory only costs time
             logger.info("the fingerprint of %s is not cached: %s", self.source, error)
-        return content
+        return count, fingerprint
 
 
 CorpusSource: TypeAlias = str | Path | Corpus | Iterable[Passage] | Iterable[Mapping[str, Any]] | ArrowTable
@@ -211,8 +107,9 @@ def load_corpus(name_or_path: CorpusSource, *, columns: Columns | None = None) -
 
     Args:
         name_or_path: ``"atlas"`` (built in); a JSONL, JSON, CSV, TSV (each also with ``.gz``) or Parquet file with ``id``,
-            ``title`` and ``text``; a polars or pandas frame, a ``datasets.Dataset`` or a list of dicts with the same columns;
-            passages; or a corpus, which is returned as is.
+            ``title`` and ``text``, or, as in Search-R1 and FlashRAG, with ``id`` and ``contents`` (the title in quotes, a newline,
+            the text); a polars or pandas frame, a ``datasets.Dataset`` or a list of dicts with the same columns; passages; or a
+            corpus, which is returned as is. Other columns are ignored.
         columns: column names in the source: ``{"id": "_id", "text": "passage"}``.
 
     Raises:
@@ -220,46 +117,75 @@ def load_corpus(name_or_path: CorpusSource, *, columns: Columns | None = None) -
     """
     if isinstance(name_or_path, Corpus):
         return name_or_path
-    if not isinstance(name_or_path, str | Path):
-        corpus = MemoryCorpus(name_or_path, columns=columns)
-        if corpus.is_large:
-            corpus.check_first()
-        else:
-            corpus.check()
-        return corpus
-    name = str(name_or_path)
-    path = absolute_path(name_or_path, "corpus") if name.strip() else Path(name)
-    if path.is_file():
-        return FileCorpus(path, columns)
-    if name == "atlas":
-        from searchr1_async.data.atlas_corpus import atlas_passages
+    with tables.table_errors(CorpusError):
+        if not isinstance(name_or_path, str | Path):
+            kind, rows = tables.memory_rows(name_or_path)
+            corpus = Corpus("passages" if kind == "rows" else f"the {kind}", rows, columns)
+            corpus.check(first_only=kind == "dataset")  # which may exceed memory
+            return corpus
+        if str(name_or_path) == "atlas" and not Path(name_or_path).is_file():
+            from searchr1_async.data.atlas_corpus import atlas_passages
 
-        return MemoryCorpus(atlas_passages(), "atlas")
-    if path.is_dir():
-        raise CorpusError(f"{path} is a folder: name a file in it")
-    if is_data_file(path):
-        raise CorpusError(f"the corpus file {path} does not exist (looked in {path.parent})")
-    raise CorpusError(f"unknown corpus {name!r}: use 'atlas', or a file ({FORMATS})")
+            return Corpus("atlas", lambda: (("a passage", passage) for passage in atlas_passages()))
+        path = tables.find_file(name_or_path, "corpus")
+    if path is None:
+        raise CorpusError(f"unknown corpus {str(name_or_path)!r}: use 'atlas', or a file ({tables.FORMATS})")
+    # All columns if any is renamed, so that an error can list them.
+    rows = partial(tables.read_rows, path, None if columns else frozenset(PASSAGE_COLUMNS))
+    corpus = Corpus(str(path), rows, columns, path)
+    corpus.check(first_only=True)
+    return corpus
 
 
-def _read_passages(
-    source: str, rows: Callable[[], Iterator[tuple[str, dict[str, Any]]]], columns: Columns | None
-) -> Iterator[tuple[str, Passage]]:
-    place = "row 1"
-    try:
-        for place, row in renamed(rows(), columns, PASSAGE_COLUMNS, source):
-            yield place, passage_of(row)
-    except LayoutError as error:
-        raise CorpusError(f"{source}, {place} {error}") from None
-    except UnreadableFileError as error:
-        raise CorpusError(str(error)) from error
+def passage_of(row: Passage | Mapping[str, Any]) -> Passage:
+    """The passage of a row with ``id``, optional ``title`` and ``text``; or with ``id`` and ``contents``; or as given. Raises LayoutError."""
+    if isinstance(row, Passage) and row.id and row.text.strip():
+        return row
+    if isinstance(row, Passage):
+        raise LayoutError(f"has no {'text' if row.id else 'id'}")
+    tables.check_is_row(row, "Passage")
+    column = "text" if "text" in row or "contents" not in row else "contents"
+    for name in ("id", column):
+        if name not in row:
+            raise LayoutError(f"has no column {tables.missing_column(name, row)}")
+    text, title, own_id = row[column], row.get("title"), row["id"]
+    if not isinstance(text, str) or not text.strip():
+        state = "null" if is_missing(text) else "blank" if isinstance(text, str) else f"a {type(text).__name__}"
+        raise LayoutError(f"has a {column!r} that is {state}: remove the row, or give it text")
+    if column == "contents":
+        title, text = split_contents(text)
+    if not isinstance(title, str):
+        title = tables.name_in(row, "title")
+    if not isinstance(own_id, str):
+        own_id = tables.name_in(row, "id")
+    if not own_id:
+        raise LayoutError("has no 'id': every passage needs a unique one")
+    return Passage(own_id, title, text)
 
 
-def _read_whole(source: str, passages: Callable[[], Iterator[tuple[str, Passage]]]) -> _Content:
+def split_contents(contents: str, *, only_quoted: bool = False) -> tuple[str, str]:
+    """Title (the first line, without its quotes; perhaps only if it has some) and text; no title if nothing follows the first line."""
+    line, newline, text = contents.partition("\n")
+    line = line.strip()
+    is_quoted = len(line) > 2 and line[0] == line[-1] == '"'
+    if not newline or not text.strip() or (only_quoted and not is_quoted):
+        return "", contents
+    return line.strip('"'), text
+
+
+def _state_of(path: Path, columns: Columns | None) -> str:
+    """A hash of what the passages of a file depend on, without reading it."""
+    status = path.stat()
+    named = json.dumps(dict(columns or {}), sort_keys=True)
+    state = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0{_READER}\0{named}"
+    return hashlib.sha256(state.encode()).hexdigest()[:32]
+
+
+def _read_whole(source: str, read: Callable[[], Iterator[tuple[str, Passage]]]) -> tuple[int, str]:
     """Counts, hashes and finds duplicate ids in one pass; 8 bytes of memory per passage."""
     digest = hashlib.blake2b(digest_size=16)
     id_hashes = bytearray()
-    for place, passage in passages():
+    for place, passage in read():
         try:
             encoded = [field.encode() for field in (passage.id, passage.title, passage.text)]
         except UnicodeEncodeError as error:
@@ -273,8 +199,8 @@ def _read_whole(source: str, passages: Callable[[], Iterator[tuple[str, Passage]
     hashes = np.sort(np.frombuffer(bytes(id_hashes), dtype=np.uint64))
     suspects = hashes[1:][hashes[1:] == hashes[:-1]]
     if suspects.size:
-        _refuse_duplicates(source, passages(), {int(suspect) for suspect in suspects})
-    return _Content(len(hashes), digest.hexdigest())
+        _refuse_duplicates(source, read(), {int(suspect) for suspect in suspects})
+    return len(hashes), digest.hexdigest()
 
 
 def _id_hash(passage: Passage) -> bytes:

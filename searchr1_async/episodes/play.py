@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import anyio
@@ -20,29 +20,13 @@ from searchr1_async.episodes.types import Episode, Passage, Question, SearchCall
 from searchr1_async.errors import SearchError, ServiceError
 
 
-@dataclass(frozen=True, slots=True)
-class SampledTurn:
-    """One continuation sampled by a policy."""
-
-    tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    truncated: bool
-    """Sampling stopped at the length limit."""
-    policy_version: int
-    seconds: float = 0.0
-    sequence_id: str | None = None
-    """See :attr:`Turn.sequence_id`."""
-    cached_prompt_tokens: int = 0
-    """See :attr:`Turn.cached_prompt_tokens`."""
-
-
 class Policy(Protocol):
     """The model, as seen by an episode."""
 
     async def sample(
         self, prompt_tokens: Sequence[int], *, max_tokens: int, stop: list[int] | list[str], seed: int | None
-    ) -> SampledTurn:
-        """Samples one continuation.
+    ) -> Turn:
+        """Samples one continuation, as a turn that is not read yet: without text, content and call.
 
         Raises:
             ServiceError: a permanent failure.
@@ -65,12 +49,13 @@ async def play(
     policy: Policy,
     search: SearchTool,
     limits: EpisodeLimits,
-    first_turn: SampledTurn | None = None,
+    first_turn: Turn | None = None,
     prompt_tokens: Sequence[int] | None = None,
     given: SearchCall | None = None,
     seed: int | None = None,
     began: float | None = None,
     time_limit: Callable[[float | None], AbstractContextManager[anyio.CancelScope]] = anyio.move_on_after,
+    raises_faults: bool = False,
 ) -> Episode:
     """Runs one episode to its end, without scoring it.
 
@@ -84,92 +69,124 @@ async def play(
         seed: sampling seed of the first turn; later turns add their index.
         began: start time (``time.monotonic()``) if the first turn was sampled earlier; None means now.
         time_limit: creates the episode's cancel scope, so that it can use a pausable clock.
-
-    Raises:
-        SearchError: a fatal one (``is_fatal``), which would fail every other episode too.
+        raises_faults: raise a service's failure, for an episode that is no data.
     """
     began = time.monotonic() if began is None else began
     left = None if limits.max_seconds is None else limits.max_seconds - (time.monotonic() - began)
-    tokens = list(prompt_tokens if prompt_tokens is not None else dialect.start(question))
-    first_prompt = tuple(tokens)
-    turns: list[Turn] = []
+    prompt = tuple(dialect.start(question) if prompt_tokens is None else prompt_tokens)
+    course = _Course(dialect, policy, search, limits, seed, first_turn, raises_faults, list(prompt))
+    with time_limit(left) as scope:
+        while course.stop_reason is None:
+            sampled = await course.sample()
+            if sampled is not None:
+                await course.take(sampled)
+    if scope.cancelled_caught:
+        course.stop_reason, course.answer = StopReason.TIME_LIMIT, None
+    return course.episode(question, prompt, time.monotonic() - began, given)
+
+
+@dataclass(slots=True)
+class _Course:
+    """An episode in progress."""
+
+    dialect: Dialect
+    policy: Policy
+    search: SearchTool
+    limits: EpisodeLimits
+    seed: int | None
+    first_turn: Turn | None
+    raises_faults: bool
+    tokens: list[int]
+    """Everything so far: the next prompt."""
+    turns: list[Turn] = field(default_factory=list)
+    stop_reason: StopReason | None = None
+    """None while it goes on."""
     answer: str | None = None
     error: str | None = None
-    stop_reason: StopReason | None = None
 
-    with time_limit(left) as scope:
-        while stop_reason is None:
-            if len(tokens) + limits.max_tokens > limits.max_trajectory_tokens:
-                stop_reason = StopReason.MAX_TRAJECTORY_TOKENS
-                break
+    async def sample(self) -> Turn | None:
+        """The next turn; None if the episode ends without it."""
+        limits, number = self.limits, len(self.turns)
+        if len(self.tokens) + limits.max_tokens > limits.max_trajectory_tokens:
+            self.stop_reason = StopReason.MAX_TRAJECTORY_TOKENS
+            return None
+        if self.first_turn is not None and not number:
+            return self.first_turn
+        seed = None if self.seed is None else self.seed + number
+        try:
+            return await self.policy.sample(
+                self.tokens, max_tokens=limits.max_tokens, stop=self.dialect.stop, seed=seed
+            )
+        except ServiceError as fault:
+            self._fail(fault)
+            return None
+
+    async def take(self, sampled: Turn) -> None:
+        """Reads a turn, carries out its call, and appends both."""
+        content, reading = self.dialect.read(self.tokens, sampled.sampled_tokens)
+        is_last = len(self.turns) + 1 >= self.limits.max_turns
+        call = None if sampled.truncated else _call_made(reading, self.limits)
+        self.stop_reason, self.answer = _outcome(reading, call, sampled.truncated, is_last, self.limits)
+        appended: list[int] = []
+        if self.stop_reason is None and call is not None:
+            call, appended = await self._carry_out(call, sampled)
+        text = self.dialect.decode(sampled.sampled_tokens)
+        self.turns.append(replace(sampled, text=text, content=content, call=call, appended_tokens=tuple(appended)))
+        self.tokens += sampled.sampled_tokens
+        self.tokens += appended
+
+    async def _carry_out(self, call: SearchCall, sampled: Turn) -> tuple[SearchCall, list[int]]:
+        """Runs the call; returns it with its results, and the tokens to append."""
+        if call.problem is not None:
+            appended = self.dialect.tell(self.tokens, sampled.sampled_tokens, call.problem)
+        else:
+            began = time.monotonic()
             try:
-                sampled = (
-                    first_turn
-                    if first_turn is not None and not turns
-                    else await policy.sample(
-                        tokens,
-                        max_tokens=limits.max_tokens,
-                        stop=dialect.stop,
-                        seed=None if seed is None else seed + len(turns),
-                    )
-                )
-            except ServiceError as fault:
-                stop_reason, error = StopReason.FAILED, f"{type(fault).__name__}: {fault}"
-                break
-            content, reading = dialect.read(tokens, sampled.tokens)
-            is_last = len(turns) + 1 >= limits.max_turns
-            stop_reason, answer = _outcome(reading, sampled.truncated, is_last, limits)
-            call = None
-            appended: list[int] = []
-            if not sampled.truncated:
-                call = _call_made(reading, limits)
-            if call is not None and call.problem is not None and not isinstance(reading, MalformedCall):
-                # A well-formed call with a query that cannot be sent.
-                stop_reason = _malformed_outcome(is_last, limits)
-            if stop_reason is None and call is not None:
-                try:
-                    call, extension = await _carry_out(call, tokens, sampled.tokens, dialect, search)
-                except SearchError as fault:
-                    if fault.is_fatal:
-                        raise
-                    stop_reason, error, extension = StopReason.FAILED, f"{type(fault).__name__}: {fault}", []
-                if extension is None:
-                    stop_reason, extension = StopReason.NOT_EXTENDABLE, []
-                appended = extension
-            turns.append(_turn(sampled, content, dialect, call, appended))
-            tokens += sampled.tokens
-            tokens += appended
-    if scope.cancelled_caught:
-        stop_reason, answer = StopReason.TIME_LIMIT, None
-    assert stop_reason is not None
+                results = tuple(tuple(passages) for passages in await self.search(call.queries))
+            except SearchError as fault:
+                if fault.is_fatal:
+                    raise
+                self._fail(fault)
+                return call, []
+            call = SearchCall(call.queries, results, seconds=time.monotonic() - began)
+            appended = self.dialect.extend(self.tokens, sampled.sampled_tokens, call.queries, results)
+        if appended is None:
+            self.stop_reason = StopReason.NOT_EXTENDABLE
+        return call, appended or []
 
-    return Episode(
-        question=question,
-        prompt_tokens=first_prompt,
-        turns=_without_tail(turns),
-        stop_reason=stop_reason,
-        answer=answer,
-        error=error,
-        seconds=time.monotonic() - began,
-        given=given,
-    )
+    def episode(self, question: Question, prompt: tuple[int, ...], seconds: float, given: SearchCall | None) -> Episode:
+        """The episode that has ended. Tokens after its last turn are dropped: an example ends with sampled tokens."""
+        assert self.stop_reason is not None
+        if self.turns and self.turns[-1].appended_tokens:
+            self.turns[-1] = replace(self.turns[-1], appended_tokens=())
+        return Episode(
+            question=question,
+            prompt_tokens=prompt,
+            turns=tuple(self.turns),
+            stop_reason=self.stop_reason,
+            answer=self.answer,
+            error=self.error,
+            seconds=seconds,
+            given=given,
+        )
+
+    def _fail(self, fault: ServiceError | SearchError) -> None:
+        if self.raises_faults:
+            raise fault
+        self.stop_reason, self.error = StopReason.FAILED, f"{type(fault).__name__}: {fault}"
 
 
 def _outcome(
-    reading: Reading, truncated: bool, is_last: bool, limits: EpisodeLimits
+    reading: Reading, call: SearchCall | None, truncated: bool, is_last: bool, limits: EpisodeLimits
 ) -> tuple[StopReason | None, str | None]:
     """Stop reason if this turn ends the episode, and its answer."""
     if truncated:
         return StopReason.MAX_TURN_TOKENS, None
     if isinstance(reading, FinalAnswer):
         return (StopReason.NO_ANSWER, None) if reading.answer is None else (StopReason.ANSWER, reading.answer)
-    if isinstance(reading, MalformedCall):
-        return _malformed_outcome(is_last, limits), None
+    if call is not None and call.problem is not None:
+        return (None if limits.malformed_calls == "tell" and not is_last else StopReason.MALFORMED_CALL), None
     return (StopReason.MAX_TURNS if is_last else None), None
-
-
-def _malformed_outcome(is_last: bool, limits: EpisodeLimits) -> StopReason | None:
-    return None if limits.malformed_calls == "tell" and not is_last else StopReason.MALFORMED_CALL
 
 
 def _call_made(reading: Reading, limits: EpisodeLimits) -> SearchCall | None:
@@ -186,40 +203,3 @@ def _call_made(reading: Reading, limits: EpisodeLimits) -> SearchCall | None:
     if any(query is None for query in queries):
         return SearchCall((), problem="a query that cannot be searched for (empty, too long or unreadable)")
     return SearchCall(tuple(query for query in queries if query is not None))
-
-
-async def _carry_out(
-    call: SearchCall, tokens: Sequence[int], sampled: Sequence[int], dialect: Dialect, search: SearchTool
-) -> tuple[SearchCall, list[int] | None]:
-    """Runs the call; returns it with its results and the tokens to append."""
-    if call.problem is not None:
-        return call, dialect.tell(tokens, sampled, call.problem)
-    began = time.monotonic()
-    results = tuple(tuple(passages) for passages in await search(call.queries))
-    call = SearchCall(call.queries, results, seconds=time.monotonic() - began)
-    return call, dialect.extend(tokens, sampled, call.queries, results)
-
-
-def _turn(
-    sampled: SampledTurn, content: str, dialect: Dialect, call: SearchCall | None, appended: Sequence[int]
-) -> Turn:
-    return Turn(
-        sampled_tokens=sampled.tokens,
-        logprobs=sampled.logprobs,
-        text=dialect.decode(sampled.tokens),
-        content=content,
-        policy_version=sampled.policy_version,
-        call=call,
-        appended_tokens=tuple(appended),
-        seconds=sampled.seconds,
-        truncated=sampled.truncated,
-        sequence_id=sampled.sequence_id,
-        cached_prompt_tokens=sampled.cached_prompt_tokens,
-    )
-
-
-def _without_tail(turns: Sequence[Turn]) -> tuple[Turn, ...]:
-    """Drops tokens appended to the last turn: an example ends with sampled tokens."""
-    if turns and turns[-1].appended_tokens:
-        turns = [*turns[:-1], replace(turns[-1], appended_tokens=())]
-    return tuple(turns)

@@ -10,11 +10,12 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+import tomllib
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, get_args
 
 from searchr1_async.config import EpisodeLimits, Method
 from searchr1_async.episodes.types import Passage, Question, SearchCall
@@ -23,11 +24,28 @@ from searchr1_async.errors import ModelError
 if TYPE_CHECKING:
     from renderers import Message, ToolSpec  # loads openai; a search needs none of it
 
-_MARKUP = tuple(
-    f"<{slash}{tag}>"
-    for tag in ("search", "information", "answer", "tool_call", "tool_response", "think")
-    for slash in ("", "/")
-)
+
+@dataclass(frozen=True, slots=True)
+class Tag:
+    """A pair of tags in a model's text."""
+
+    name: str
+
+    @property
+    def open(self) -> str:
+        return f"<{self.name}>"
+
+    @property
+    def close(self) -> str:
+        return f"</{self.name}>"
+
+    def around(self, text: str) -> str:
+        return f"<{self.name}>{text}</{self.name}>"
+
+
+SEARCH, INFORMATION, ANSWER = Tag("search"), Tag("information"), Tag("answer")
+TOOL_CALL, TOOL_RESPONSE, THINK = Tag("tool_call"), Tag("tool_response"), Tag("think")
+TAGS = (SEARCH, INFORMATION, ANSWER, TOOL_CALL, TOOL_RESPONSE, THINK)
 """Markup of both formats, escaped in untrusted text."""
 
 
@@ -42,7 +60,9 @@ class PlainText:
     def of(cls, tokenizer: Any) -> PlainText:
         """For a Hugging Face tokenizer and its added tokens."""
         added = [str(token) for token in tokenizer.get_added_vocab()]
-        words = sorted({*added, *_MARKUP} - {""}, key=len, reverse=True)
+        words = sorted(
+            {*added, *(text for tag in TAGS for text in (tag.open, tag.close))} - {""}, key=len, reverse=True
+        )
         return cls(tokenizer, re.compile("|".join(map(re.escape, words))))
 
     def defuse(self, text: str) -> str:
@@ -76,16 +96,12 @@ def passage_lines(plain: PlainText, passages: Sequence[Passage]) -> str:
     return "\n".join(lines) if lines else "Nothing was found."
 
 
-_PACKAGE = "tinker_cookbook"
-_FOLDER = "recipes/search_tool"
-_PROMPT = ("search_env.py", "SEARCH_TASK_INSTRUCTIONS")
-_TOOL = ("tools.py", "search", "query_list")
+def all_passages(plain: PlainText, queries: Sequence[str], results: Sequence[Sequence[Passage]]) -> str:
+    """Formats the passages of all queries, without the queries."""
+    return "\n".join(passage_lines(plain, passages) for passages in results)
 
 
-@dataclass(frozen=True, slots=True)
-class RecipePrompt:
-    """The recipe's prompt and tool."""
-
+class RecipePrompt(NamedTuple):
     instructions: str
     """System prompt, verbatim."""
     tool: ToolSpec
@@ -93,13 +109,9 @@ class RecipePrompt:
 
 
 def load_recipe_prompt() -> RecipePrompt:
-    """Loads the prompt of the installed recipe.
-
-    Raises:
-        ModelError: ``tinker_cookbook`` is not installed, or its version has no such prompt.
-    """
-    spec = importlib.util.find_spec(_PACKAGE)  # locates the package without running it
-    folders = [Path(place) / _FOLDER for place in (spec.submodule_search_locations or ())] if spec else []
+    """Loads the prompt of the installed recipe: a :class:`ModelError` if it is missing, or its version has no such prompt."""
+    spec = importlib.util.find_spec("tinker_cookbook")  # locates the package without running it
+    folders = [Path(place) / "recipes/search_tool" for place in (spec.submodule_search_locations or ())] if spec else []
     folder = next((folder for folder in folders if folder.is_dir()), None)
     if folder is None:
         raise ModelError(
@@ -107,10 +119,10 @@ def load_recipe_prompt() -> RecipePrompt:
             "pip install 'searchr1_async[recipe]' (or, since it is only read, pip install --no-deps tinker-cookbook)"
         )
     try:
-        return RecipePrompt(_constant(_parsed(folder, _PROMPT[0])), _tool(_parsed(folder, _TOOL[0])))
-    except (OSError, SyntaxError, ValueError, LookupError) as error:
+        return RecipePrompt(_instructions(folder / "search_env.py"), _tool(folder / "tools.py"))
+    except (OSError, SyntaxError, ValueError, TypeError, AttributeError, StopIteration) as error:
         raise ModelError(
-            f'the installed tinker_cookbook has no search prompt for the method "recipe" ({error}): '
+            f'the installed tinker_cookbook has no search prompt for the method "recipe" ({type(error).__name__}: {error}): '
             "pip install --no-deps tinker-cookbook==0.6.1 has one (it is read, not imported)"
         ) from error
 
@@ -126,43 +138,32 @@ def recipe_results(plain: PlainText, queries: Sequence[str], results: Sequence[S
     return "".join(f"{line}\n" for line in lines)
 
 
-def _parsed(folder: Path, name: str) -> ast.Module:
-    return ast.parse((folder / name).read_text(encoding="utf-8"), name)
+def _instructions(file: Path) -> str:
+    name, module = "SEARCH_TASK_INSTRUCTIONS", ast.parse(file.read_text(encoding="utf-8"))
+    assigned = (node for node in module.body if isinstance(node, ast.Assign | ast.AnnAssign))
+    found = next(node for node in assigned if ast.unparse(node).startswith((f"{name} =", f"{name}:")))
+    text = ast.literal_eval(cast(ast.Assign, found).value)
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{name} is no text")
+    return text
 
 
-def _constant(module: ast.Module) -> str:
-    name = _PROMPT[1]
-    for node in module.body:
-        targets = (
-            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        )
-        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
-            value = ast.literal_eval(cast(ast.Assign, node).value)
-            if isinstance(value, str) and value.strip():
-                return value
-    raise LookupError(f"no text {name} in {_PROMPT[0]}")
-
-
-def _tool(module: ast.Module) -> ToolSpec:
+def _tool(file: Path) -> ToolSpec:
     """Tool declaration from the docstring and argument annotation, as pydantic builds the recipe's schema."""
-    _, name, argument = _TOOL
-    for node in ast.walk(module):
-        if not isinstance(node, ast.AsyncFunctionDef | ast.FunctionDef) or node.name != name:
-            continue
-        notes = {arg.arg: arg.annotation for arg in node.args.args}
-        annotation, description = notes.get(argument), ast.get_docstring(node, clean=False)
-        if description and isinstance(annotation, ast.Subscript) and isinstance(annotation.slice, ast.Tuple):
-            about = ast.literal_eval(annotation.slice.elts[-1])
-            if isinstance(about, str):
-                return _declaration(name, description, argument, about)
-    raise LookupError(f"no tool {name}({argument}) in {_TOOL[0]}")
-
-
-def _declaration(name: str, description: str, argument: str, about: str) -> ToolSpec:
-    title = argument.replace("_", " ").title()
-    values = {"description": about, "items": {"type": "string"}, "title": title, "type": "array"}
-    schema = {"properties": {argument: values}, "required": [argument], "title": f"{name}_params", "type": "object"}
-    tool = {"name": name, "description": description, "parameters": schema}
+    functions = (node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if hasattr(node, "args"))
+    function: Any = next(node for node in functions if getattr(node, "name", "") == "search")
+    annotation = next(arg.annotation for arg in function.args.args if arg.arg == "query_list")
+    about, description = ast.literal_eval(annotation.slice.elts[-1]), ast.get_docstring(function, clean=False)
+    if not isinstance(about, str) or not description:
+        raise ValueError("search() is not described")
+    values = {"description": about, "items": {"type": "string"}, "title": "Query List", "type": "array"}
+    schema = {
+        "properties": {"query_list": values},
+        "required": ["query_list"],
+        "title": "search_params",
+        "type": "object",
+    }
+    tool = {"name": "search", "description": description, "parameters": schema}
     # Renderers accept both forms, but some print the tool verbatim, and the recipe includes the envelope.
     return cast("ToolSpec", {"type": "function", "function": tool})
 
@@ -172,56 +173,21 @@ METHODS: tuple[Method, ...] = get_args(Method)
 WITHOUT_TOOL: tuple[Method, ...] = ("direct", "rag")
 """Single-turn methods without a tool."""
 
+_TEXTS = tomllib.loads(Path(__file__).with_name("prompts.toml").read_text(encoding="utf-8"))
 INSTRUCTIONS: Mapping[tuple[str, str], str] = {
-    ("hermes", "search"): (
-        "You answer questions with the help of a search tool over an encyclopedia.\n"
-        "Think about what you need to know, then call the tool with one or more queries. Read the passages it returns. "
-        "Search again with better queries while something is missing, using what you have found. "
-        'When you know the answer, write it after "Answer:" in one to five words.'
-    ),
-    ("hermes", "direct"): (
-        "You answer questions from what you know, in one to five words. "
-        'Write "Answer:" and the answer, and nothing else.'
-    ),
-    ("hermes", "rag"): (
-        "You answer questions in one to five words, with the help of the passages given. "
-        'Write "Answer:" and the answer, and nothing else.'
-    ),
-    ("tags", "search"): (
-        "Answer the question. Search with <search>query</search>; "
-        "what is found comes back in <information>. Then give the short answer: <answer>answer</answer>"
-    ),
-    ("tags", "direct"): "Answer the question from what you know. Give only the short answer: <answer>answer</answer>",
-    ("tags", "rag"): (
-        "Answer the question with the help of the passages. Give only the short answer: <answer>answer</answer>"
-    ),
+    (format_name, method): text
+    for format_name, methods in _TEXTS["instructions"].items()
+    for method, text in methods.items()
 }
 """System prompt per format and method; that of ``recipe`` is read from the recipe."""
-
-
-EXAMPLES: tuple[tuple[Question, SearchCall], ...] = (
+EXAMPLES: tuple[tuple[Question, SearchCall], ...] = tuple(
     (
-        Question("example-1", "Which is the highest mountain on Earth?", ("Mount Everest",)),
-        SearchCall(
-            ("Which is the highest mountain on Earth?",),
-            (
-                (
-                    Passage("e1", "Mount Everest", "The peak of Mount Everest is the highest point above sea level."),
-                    Passage("e2", "K2", "K2 is second in height, and harder to climb."),
-                ),
-            ),
-        ),
-    ),
-    (
-        Question("example-2", "What colour is an emerald?", ("green",)),
-        SearchCall(
-            ("What colour is an emerald?",),
-            ((Passage("e3", "Emerald", "An emerald is a gem, a beryl that chromium makes green."),),),
-        ),
-    ),
+        Question(one["id"], one["question"], (one["answer"],)),
+        SearchCall((one["question"],), (tuple(Passage(**passage) for passage in one["passages"]),)),
+    )
+    for one in _TEXTS["examples"]
 )
-"""Few-shot examples for methods without a tool, with passages if the question has some. Without them, a small model (SmolLM2-135M)
-does not follow either answer format at all."""
+"""Few-shot examples for methods without a tool, with passages if the question has some."""
 
 
 def limits_for(method: Method, limits: EpisodeLimits) -> EpisodeLimits:
@@ -238,11 +204,7 @@ def with_tool(plain: PlainText, instructions: str, question: Question) -> list[M
 def without_tool(
     plain: PlainText, instructions: str, question: Question, given: SearchCall | None, answer: Callable[[str], str]
 ) -> list[Message]:
-    """System prompt, worked examples and question, with passages if the question has some.
-
-    Args:
-        answer: formats an answer.
-    """
+    """System prompt, worked examples and question, with passages if the question has some."""
 
     def asked(question: Question, given: SearchCall | None) -> Message:
         text = f"Question: {plain.defuse(question.question)}"
@@ -256,14 +218,6 @@ def without_tool(
         messages.append(asked(example, None if given is None else found))
         messages.append({"role": "assistant", "content": answer(example.golden_answers[0])})
     return [*messages, asked(question, given)]
-
-
-def tagged(answer: str) -> str:
-    return f"<answer>{answer}</answer>"
-
-
-def prefixed(answer: str) -> str:
-    return f"Answer: {answer}"
 
 
 MAX_QUERY_CHARACTERS = 2_000

@@ -8,62 +8,53 @@ question metadata to JSON.
 from __future__ import annotations
 
 import json
-import math
 import re
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import chain
+from operator import attrgetter
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
 
-from searchr1_async.episodes.types import Episode, Group, Passage, Question, SearchCall, StopReason, Turn
+from searchr1_async.episodes.types import Episode, Group, GroupOutcome, Passage, Question, SearchCall, StopReason, Turn
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 def metadata_json(metadata: Mapping[str, Any]) -> str:
-    """Question metadata as deterministic ASCII JSON, lone surrogates escaped.
+    """Question metadata as deterministic ASCII JSON.
 
-    Tuples become lists, sets sorted lists, numpy values Python values, and other values their ``str`` without the address of a
-    default ``repr``. Non-string keys become their JSON.
-
-    Raises:
-        RecursionError, ValueError: a value contains itself.
+    Sets become sorted lists, numpy values Python values, and other values their ``str`` without the address of a default ``repr``.
+    Keys that are no texts become their JSON.
     """
     try:
-        return json.dumps(dict(metadata))
-    except TypeError:
-        return json.dumps(_plain(metadata))
+        return json.dumps(dict(metadata), default=_plain)
+    except TypeError:  # a mapping inside has keys that JSON has not
+        return json.dumps(_with_text_keys(metadata), default=_plain)
+
+
+def _with_text_keys(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {
+            key if isinstance(key, str) else json.dumps(key, default=_plain): _with_text_keys(inner)
+            for key, inner in value.items()
+        }
+    return [_with_text_keys(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _plain(value: Any) -> Any:
-    """``value`` as JSON-compatible data."""
-    if value is None or isinstance(value, str | int | float):
-        return value
-    if isinstance(value, np.ndarray | np.generic):
-        inner = value.tolist()
-        return str(inner) if isinstance(inner, np.generic) else _plain(inner)  # tolist() keeps a longdouble
+    if isinstance(value, np.ndarray | np.generic) and type(value) is not np.longdouble:
+        return value.tolist()
     if isinstance(value, Mapping):
-        return {_key(key): _plain(inner) for key, inner in value.items()}
+        return dict(value)
     if isinstance(value, Set):
-        return sorted(map(_plain, value), key=_set_order)
-    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
-        return [_plain(inner) for inner in value]
+        return sorted(
+            value, key=lambda each: (type(each).__name__, each) if isinstance(each, str | int) else ("", str(each))
+        )
     return _ADDRESS.sub("", str(value))
-
-
-def _key(value: Any) -> str:
-    plain = _plain(value)
-    return plain if isinstance(plain, str) else json.dumps(plain)
-
-
-def _set_order(value: Any) -> tuple[float, bool, str]:
-    """Numbers by value, then strings, then everything else by its JSON: a total order, which ``<`` on sets and NaN is not."""
-    is_number = isinstance(value, int | float) and not math.isnan(value)
-    is_text = isinstance(value, str)
-    return value if is_number else math.inf, not is_text, value if is_text else json.dumps(value)
 
 
 REWARD_PART = pl.Struct({"name": pl.String, "value": pl.Float64})
@@ -96,7 +87,7 @@ TURN = pl.Struct(
 
 EPISODE_SCHEMA = pl.Schema(
     {
-        "step": pl.Int64,  # optimiser step, from 1; null for evaluations outside a step
+        "step": pl.Int64,  # optimizer step, from 1; null for evaluations outside a step
         "label": pl.String,  # evaluation name; null in training
         "question_id": pl.String,
         "question": pl.String,
@@ -140,28 +131,12 @@ GROUP_SCHEMA = pl.Schema(
         "trained": pl.Boolean,
         "drop_reason": pl.String,  # null when trained
         "reward_mean": pl.Float64,  # over finished members; null if there are none
-        "policy_version_min": pl.Int64,  # of the sampling weights: optimiser steps done before
+        "policy_version_min": pl.Int64,  # of the sampling weights: optimizer steps done before
         "policy_version_max": pl.Int64,
         "members": pl.Int64,  # finished
         "failed": pl.Int64,  # failed, or cut by a time limit
     }
 )
-
-
-_EPISODES_AT_ONCE = 128
-"""Rows per frame build, to keep each GIL-holding call within milliseconds."""
-
-
-@dataclass(frozen=True, slots=True)
-class GroupOutcome:
-    """A group and whether it was trained on."""
-
-    place: int
-    """Index of the group in the run; place p is question p mod N of epoch p div N."""
-    group: Group
-    """May have no episodes if it was cancelled as too slow."""
-    drop_reason: str | None = None
-    """None: trained on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,27 +176,21 @@ def centred(rewards: Sequence[float]) -> list[float]:
     return [reward - mean for reward in rewards]
 
 
-def step_rows(step: int, outcomes: Iterable[GroupOutcome], advantages: Advantages = centred) -> list[EpisodeRow]:
-    """Rows of a step: for each group its finished episodes, then its failed ones.
+def _members(group: Group) -> list[tuple[Episode, str | None]]:
+    """Finished episodes, then failed ones with that as their drop reason."""
+    return [*((episode, None) for episode in group.episodes), *((episode, "failed") for episode in group.failed)]
 
-    Args:
-        step: optimiser step, counted from 1.
-        outcomes: every group of the step.
-        advantages: the function used in training.
-    """
+
+def step_rows(step: int, outcomes: Iterable[GroupOutcome], advantages: Advantages = centred) -> list[EpisodeRow]:
+    """Rows of a step: for each group its finished episodes, then its failed ones."""
     rows: list[EpisodeRow] = []
     for index, outcome in enumerate(outcomes):
-        group, reason = outcome.group, outcome.drop_reason
-        rows += [
-            EpisodeRow(episode, step, None, outcome.place, index, member, float(advantage), reason is None, reason)
-            for member, (episode, advantage) in enumerate(
-                zip(group.episodes, advantages(group.rewards) if group.rewards else (), strict=True)
-            )
-        ]
-        rows += [
-            EpisodeRow(episode, step, None, outcome.place, index, member, None, False, "failed")
-            for member, episode in enumerate(group.failed, start=len(group.episodes))
-        ]
+        group = outcome.group
+        values = [*map(float, advantages(group.rewards))] if group.rewards else []
+        for member, (episode, failed) in enumerate(_members(group)):
+            reason = failed or outcome.drop_reason
+            value = None if failed else values[member]
+            rows.append(EpisodeRow(episode, step, None, outcome.place, index, member, value, reason is None, reason))
     return rows
 
 
@@ -242,13 +211,10 @@ def kept_groups_frame(groups: Mapping[int, Group]) -> pl.DataFrame:
     row without a ``member``."""
     rows: list[EpisodeRow] = []
     for place, group in groups.items():
-        played = [(episode, None) for episode in group.episodes] + [(episode, "failed") for episode in group.failed]
         rows += [
             EpisodeRow(episode, place=place, member=member, drop_reason=reason)
-            for member, (episode, reason) in enumerate(played)
-        ]
-        if not played:
-            rows.append(EpisodeRow(Episode(group.question, (), (), StopReason.FAILED), place=place))
+            for member, (episode, reason) in enumerate(_members(group))
+        ] or [EpisodeRow(Episode(group.question, (), (), StopReason.FAILED), place=place)]
     return episodes_frame(rows)
 
 
@@ -270,138 +236,90 @@ def groups_from_frame(frame: pl.DataFrame) -> dict[int, Group]:
 
 def groups_frame(step: int, outcomes: Sequence[GroupOutcome]) -> pl.DataFrame:
     """A step's groups as a :data:`GROUP_SCHEMA` frame."""
-    groups = [outcome.group for outcome in outcomes]
-    versions = [group.policy_versions for group in groups]
-    values: dict[str, list[Any]] = {
-        "step": [step] * len(groups),
-        "place": [outcome.place for outcome in outcomes],
-        "question_id": _storable(group.question.id for group in groups),
-        "data_source": _storable(group.question.data_source for group in groups),
-        "trained": [outcome.drop_reason is None for outcome in outcomes],
-        "drop_reason": _storable(outcome.drop_reason for outcome in outcomes),
-        "reward_mean": [sum(group.rewards) / len(group.rewards) if group.rewards else None for group in groups],
-        "policy_version_min": [seen[0] if seen else None for seen in versions],
-        "policy_version_max": [seen[-1] if seen else None for seen in versions],
-        "members": [len(group.episodes) for group in groups],
-        "failed": [len(group.failed) for group in groups],
-    }
-    return pl.DataFrame({name: pl.Series(values[name], dtype=dtype) for name, dtype in GROUP_SCHEMA.items()})
+    rows = []
+    for outcome in outcomes:
+        group, reason = outcome.group, outcome.drop_reason
+        versions = group.policy_versions or (None,)
+        mean = sum(group.rewards) / len(group.rewards) if group.rewards else None
+        rows.append(
+            (
+                *(step, outcome.place, storable(group.question.id), storable(group.question.data_source)),
+                *(reason is None, None if reason is None else storable(reason), mean, versions[0], versions[-1]),
+                *(len(group.episodes), len(group.failed)),
+            )
+        )
+    return pl.DataFrame(rows, schema=GROUP_SCHEMA, orient="row")
 
 
 def episodes_frame(rows: Sequence[EpisodeRow]) -> pl.DataFrame:
-    """Rows as an :data:`EPISODE_SCHEMA` frame; no rows give an empty, typed frame.
+    """Rows as an :data:`EPISODE_SCHEMA` frame; no rows give an empty, typed frame."""
+    # In parts, to keep each call that holds the GIL within milliseconds.
+    parts = [rows[start : start + 128] for start in range(0, len(rows), 128)] or [rows]
+    schema = pl.Struct(EPISODE_SCHEMA)
+    return pl.concat([_column(schema, [_cells(row) for row in part]).struct.unnest() for part in parts], rechunk=True)
 
-    Built column by column: polars holds the GIL four times as long when given row dictionaries.
+
+def _cells(row: EpisodeRow) -> tuple[Any, ...]:
+    """The values of a row in the order of :data:`EPISODE_SCHEMA`, nested values as tuples."""
+    episode, question = row.episode, row.episode.question
+    parts = {storable(name): value for name, value in episode.reward_parts.items()}
+    actions = episode.action_token_count
+    total = len(episode.prompt_tokens) + actions + sum(len(turn.appended_tokens) for turn in episode.turns)
+    return (
+        *(row.step, row.label, question.id, question.question, question.golden_answers, question.data_source),
+        *(metadata_json(question.metadata), row.place, row.group, row.member),
+        *(episode.stop_reason.value, episode.answer, episode.reward),
+        *(parts.get("correct"), parts.get("format"), parts.get("f1"), tuple(parts.items())),
+        *(row.advantage, row.trained, row.drop_reason),
+        *(len(episode.turns), total, actions, total - actions, episode.transcript),
+        sorted({turn.policy_version for turn in episode.turns}),
+        *(episode.seconds, episode.error, episode.prompt_tokens),
+        [_turn_cells(turn) for turn in episode.turns],
+        _call_cells(episode.given),
+    )
+
+
+_PASSAGE_CELLS = attrgetter(*PASSAGE.to_schema())
+_SAMPLED_CELLS = attrgetter(
+    *[name for name in TURN.to_schema() if name not in CALL and name not in ("text", "content")]
+)
+
+
+def _turn_cells(turn: Turn) -> tuple[Any, ...]:
+    return (turn.text, turn.content, *_call_cells(turn.call), *_SAMPLED_CELLS(turn))
+
+
+def _call_cells(call: SearchCall | None) -> tuple[Any, ...]:
+    if call is None:
+        return (None, None, None, None)
+    passages = [[*map(_PASSAGE_CELLS, found)] for found in call.results]
+    return (call.queries, passages, call.problem, call.seconds)
+
+
+_CODES = {pl.Int32: "i", pl.Float32: "f"}
+"""Of the numbers of tokens. ``struct.pack`` converts them faster than numpy and polars."""
+
+
+def _column(dtype: Any, values: Sequence[Any]) -> pl.Series:
+    """Values as a column; those of a struct are tuples.
+
+    Built from flat columns: polars holds the GIL four times as long when given nested values.
     """
-    chunks = [rows[start : start + _EPISODES_AT_ONCE] for start in range(0, len(rows), _EPISODES_AT_ONCE)] or [rows]
-    return pl.concat([_frame(chunk) for chunk in chunks], rechunk=True)
-
-
-def _frame(rows: Sequence[EpisodeRow]) -> pl.DataFrame:
-    episodes = [row.episode for row in rows]
-    questions = [episode.question for episode in episodes]
-    parts = [{storable(name): float(value) for name, value in e.reward_parts.items()} for e in episodes]
-    action_counts = [episode.action_token_count for episode in episodes]
-    token_counts = [
-        len(episode.prompt_tokens) + actions + sum(len(turn.appended_tokens) for turn in episode.turns)
-        for episode, actions in zip(episodes, action_counts, strict=True)
-    ]
-    columns: dict[str, list[Any] | pl.Series] = {
-        "step": [row.step for row in rows],
-        "label": _storable(row.label for row in rows),
-        "question_id": _storable(question.id for question in questions),
-        "question": _storable(question.question for question in questions),
-        "golden_answers": _texts([question.golden_answers for question in questions]),
-        "data_source": _storable(question.data_source for question in questions),
-        "metadata": [metadata_json(question.metadata) for question in questions],
-        "place": [row.place for row in rows],
-        "group": [row.group for row in rows],
-        "member": [row.member for row in rows],
-        "stop_reason": [episode.stop_reason.value for episode in episodes],
-        "answer": _storable(episode.answer for episode in episodes),
-        "reward": [float(episode.reward) for episode in episodes],
-        **{name: [part.get(name) for part in parts] for name in ("correct", "format", "f1")},
-        "reward_parts": _nested(
-            pl.DataFrame(
-                {"name": [name for part in parts for name in part], "value": [v for p in parts for v in p.values()]},
-                schema=_fields(REWARD_PART),
-            ).to_struct(),
-            [len(part) for part in parts],
-        ),
-        "advantage": [row.advantage for row in rows],
-        "trained": [row.trained for row in rows],
-        "drop_reason": _storable(row.drop_reason for row in rows),
-        "turn_count": [len(episode.turns) for episode in episodes],
-        "token_count": token_counts,
-        "ac_tokens": action_counts,
-        "ob_tokens": [total - actions for total, actions in zip(token_counts, action_counts, strict=True)],
-        "transcript": _storable(map(transcript, episodes)),
-        "policy_versions": _numbers(
-            [sorted({turn.policy_version for turn in episode.turns}) for episode in episodes], "q", pl.Int64()
-        ),
-        "seconds": [float(episode.seconds) for episode in episodes],
-        "error": _storable(episode.error for episode in episodes),
-        "prompt_tokens": _numbers([episode.prompt_tokens for episode in episodes], "i", pl.Int32()),
-        "turns": _nested(
-            _turns([turn for episode in episodes for turn in episode.turns]),
-            [len(episode.turns) for episode in episodes],
-        ),
-        "given": pl.DataFrame(_calls([episode.given for episode in episodes]), schema=CALL).to_struct(),
-    }
-    return pl.DataFrame({name: pl.Series(name, columns[name], dtype=dtype) for name, dtype in EPISODE_SCHEMA.items()})
-
-
-def _turns(turns: Sequence[Turn]) -> pl.Series:
-    columns: dict[str, list[Any] | pl.Series] = {
-        "text": _storable(turn.text for turn in turns),
-        "content": _storable(turn.content for turn in turns),
-        **_calls([turn.call for turn in turns]),
-        "sampled_tokens": _numbers([turn.sampled_tokens for turn in turns], "i", pl.Int32()),
-        "logprobs": _numbers([turn.logprobs for turn in turns], "f", pl.Float32()),
-        "appended_tokens": _numbers([turn.appended_tokens for turn in turns], "i", pl.Int32()),
-        "policy_version": [turn.policy_version for turn in turns],
-        "seconds": [float(turn.seconds) for turn in turns],
-        "truncated": [turn.truncated for turn in turns],
-        "sequence_id": [turn.sequence_id for turn in turns],
-        "cached_prompt_tokens": [turn.cached_prompt_tokens for turn in turns],
-    }
-    return pl.DataFrame(columns, schema=_fields(TURN)).to_struct()
-
-
-def _calls(calls: Sequence[SearchCall | None]) -> dict[str, list[Any] | pl.Series]:
-    return {
-        "queries": _texts([None if call is None else call.queries for call in calls]),
-        "passages": _nested(
-            _passages([found for call in calls if call is not None for found in call.results]),
-            [None if call is None else len(call.results) for call in calls],
-        ),
-        "problem": _storable(None if call is None else call.problem for call in calls),
-        "search_seconds": [None if call is None else float(call.seconds) for call in calls],
-    }
-
-
-def _passages(found: Sequence[Sequence[Passage]]) -> pl.Series:
-    """One list of passages per query."""
-    passages = [passage for each in found for passage in each]
-    columns = {
-        "id": _storable(passage.id for passage in passages),
-        "title": _storable(passage.title for passage in passages),
-        "text": _storable(passage.text for passage in passages),
-        "score": [float(passage.score) for passage in passages],
-    }
-    return _nested(pl.DataFrame(columns, schema=_fields(PASSAGE)).to_struct(), [len(each) for each in found])
-
-
-def _texts(lists: Sequence[Sequence[str] | None]) -> pl.Series:
-    flat = _storable(text for texts in lists for text in texts or ())
-    return _nested(pl.Series(flat, dtype=pl.String), [None if texts is None else len(texts) for texts in lists])
-
-
-def _numbers(lists: Sequence[Sequence[float]], code: str, dtype: pl.DataType) -> pl.Series:
-    # struct.pack converts Python numbers faster than numpy.
-    packed = b"".join(struct.pack(f"={len(numbers)}{code}", *numbers) for numbers in lists)
-    flat = pl.Series(np.frombuffer(packed, code), dtype=dtype)
-    return _nested(flat, [len(numbers) for numbers in lists])
+    if isinstance(dtype, pl.Struct):
+        schema = dtype.to_schema()
+        columns = zip(*values, strict=True) if values else ([] for _ in schema)
+        fields = zip(schema.items(), columns, strict=True)
+        return pl.DataFrame([_column(inner, cells).alias(name) for (name, inner), cells in fields]).to_struct()
+    if isinstance(dtype, pl.List):
+        if code := _CODES.get(cast(Any, dtype.inner)):
+            packed = b"".join([struct.pack(f"={len(cells)}{code}", *cells) for cells in values])
+            flat = pl.Series(np.frombuffer(packed, code))
+        else:
+            flat = _column(dtype.inner, list(chain.from_iterable(filter(None, values))))
+        return _nested(flat, [None if cells is None else len(cells) for cells in values])
+    if dtype == pl.String:
+        values = [None if text is None else storable(text) for text in values]
+    return pl.Series(values, dtype=dtype)
 
 
 def _nested(values: pl.Series, lengths: Sequence[int | None]) -> pl.Series:
@@ -421,82 +339,37 @@ def _nested(values: pl.Series, lengths: Sequence[int | None]) -> pl.Series:
     return lists.gather(pl.Series(take, dtype=pl.UInt32))
 
 
-def _fields(dtype: pl.Struct) -> dict[str, Any]:
-    return {field.name: field.dtype for field in dtype.fields}
-
-
-def _storable(texts: Iterable[str | None]) -> list[str | None]:
-    return [None if text is None else storable(text) for text in texts]
-
-
-def transcript(episode: Episode) -> str:
-    """The episode as plain text: question, each turn, each search's passages, answer."""
-    lines = [f"[question] {episode.question.question}"]
-    if episode.given is not None:
-        lines += ["[given with the question]", *_call_lines(episode.given, "nothing")]
-    for number, turn in enumerate(episode.turns, start=1):
-        lines.append(f"[turn {number}] {turn.text}")
-        if turn.call is not None:
-            lines += _call_lines(turn.call)
-    lines.append(f"[{episode.stop_reason.value}] {episode.answer or ''}".rstrip())
-    lines.append(f"[golden] {' | '.join(episode.question.golden_answers)}")
-    if episode.error:
-        lines.append(f"[error] {episode.error}")
-    return "\n".join(lines)
-
-
-def _call_lines(call: SearchCall, problem: str = "malformed call") -> list[str]:
-    lines = [] if call.problem is None else [f"[{problem}] {call.problem}"]
-    for query, found in zip(call.queries, call.results, strict=False):
-        lines.append(f"[search] {query}")
-        lines.extend(f"[passage] {passage.title}: {passage.text}" for passage in found)
-    return lines
-
-
 def episode_from_row(row: Mapping[str, Any]) -> Episode:
     """The episode behind a row of :data:`EPISODE_SCHEMA` (see the module docstring for exactness)."""
     return Episode(
         question=Question(
-            id=row["question_id"],
-            question=row["question"],
-            golden_answers=tuple(row["golden_answers"]),
-            data_source=row["data_source"],
-            metadata=json.loads(row["metadata"]),
+            row["question_id"],
+            row["question"],
+            tuple(row["golden_answers"]),
+            row["data_source"],
+            json.loads(row["metadata"]),
         ),
         prompt_tokens=tuple(row["prompt_tokens"]),
-        turns=tuple(_turn_from_row(turn) for turn in row["turns"]),
+        turns=tuple(map(_turn, row["turns"])),
         stop_reason=StopReason(row["stop_reason"]),
-        answer=row["answer"],
-        reward=row["reward"],
         reward_parts={part["name"]: part["value"] for part in row["reward_parts"]},
-        error=row["error"],
-        seconds=row["seconds"],
-        given=_call_from_row(row.get("given")),
+        given=_call(row.get("given")),
+        **{name: row[name] for name in ("answer", "reward", "error", "seconds")},
     )
 
 
-def _call_from_row(row: Mapping[str, Any] | None) -> SearchCall | None:
+def _call(row: Mapping[str, Any] | None) -> SearchCall | None:
     if row is None or row["queries"] is None:
         return None
-    return SearchCall(
-        queries=tuple(row["queries"]),
-        results=tuple(tuple(Passage(**passage) for passage in found) for found in row["passages"] or ()),
-        problem=row["problem"],
-        seconds=row["search_seconds"],
-    )
+    results = tuple(tuple(Passage(**passage) for passage in found) for found in row["passages"] or ())
+    return SearchCall(tuple(row["queries"]), results, row["problem"], row["search_seconds"])
 
 
-def _turn_from_row(row: Mapping[str, Any]) -> Turn:
+def _turn(row: Mapping[str, Any]) -> Turn:
     return Turn(
-        sampled_tokens=tuple(row["sampled_tokens"]),
-        logprobs=tuple(row["logprobs"]),
-        text=row["text"],
-        content=row["content"],
-        policy_version=row["policy_version"],
-        call=_call_from_row(row),
-        appended_tokens=tuple(row["appended_tokens"]),
-        seconds=row["seconds"],
-        truncated=row["truncated"],
+        call=_call(row),
         sequence_id=row.get("sequence_id"),
         cached_prompt_tokens=row.get("cached_prompt_tokens") or 0,
+        **{name: tuple(row[name]) for name in ("sampled_tokens", "logprobs", "appended_tokens")},
+        **{name: row[name] for name in ("text", "content", "policy_version", "seconds", "truncated")},
     )

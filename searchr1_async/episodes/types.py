@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from numbers import Integral
-from typing import Any
+from typing import Any, Literal
 
 from searchr1_async.boundary.settings import lone_surrogate, shown, shown_with_kind
 from searchr1_async.boundary.tables import is_missing
@@ -39,20 +39,25 @@ class Question:
     """Other columns of its row (``hop``, ``country``, …)."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.id, str):
-            object.__setattr__(self, "id", _id_text(self.id, "question", QuestionsError))
-        are_texts = isinstance(self.question, str) and isinstance(self.data_source, str)
-        if not are_texts or not isinstance(
-            self.metadata, dict | Mapping
-        ):  # dict first, since the abstract class check is slow
-            raise self._mistyped()
+        _set_id(self, "question", QuestionsError)
+        answers: Any = self.golden_answers
+        if not isinstance(answers, tuple):
+            if type(answers).__module__ == "numpy":  # a cell of a pandas frame
+                answers = answers.tolist()
+            answers = (answers,) if isinstance(answers, str) else answers
+            object.__setattr__(self, "golden_answers", tuple(answers) if isinstance(answers, list) else answers)
+        for name, kind, wanted in _QUESTION_FIELDS:
+            if not isinstance(found := getattr(self, name), kind):
+                raise QuestionsError(f"{self._name} has a {name} that is {shown_with_kind(found)}: give {wanted}")
         if not self.question.strip():
-            raise QuestionsError(f"question {self.id!r} of {self.data_source!r} has no text")
-        answers = self._answers()
-        if answers is not self.golden_answers:
-            object.__setattr__(self, "golden_answers", answers)
-        if answers and not any(map(str.strip, answers)):
-            raise self._unanswered()
+            raise QuestionsError(f"{self._name} has no text")
+        for place, answer in enumerate(self.golden_answers, start=1):
+            if not isinstance(answer, str):
+                raise QuestionsError(
+                    f"{self._name} has a golden answer that is not a string: number {place} is {shown_with_kind(answer)}"
+                )
+        if self.golden_answers:
+            self._check_answers()
 
     def check_scorable(self) -> None:
         """Checks that the question can be scored and stored.
@@ -60,44 +65,27 @@ class Question:
         Raises:
             QuestionsError: every golden answer is blank, or a text contains a lone surrogate.
         """
-        if not any(map(str.strip, self.golden_answers)):
-            raise self._unanswered()
+        self._check_answers()
         for text in (self.id, self.question, self.data_source, *self.golden_answers):
             if not text.isascii() and lone_surrogate(text) is not None:
                 raise QuestionsError(f"{self._name} contains a lone surrogate in {shown(text)}: read its file as UTF-8")
 
-    def _answers(self) -> tuple[str, ...]:
-        given: Any = self.golden_answers
-        if isinstance(given, str):
-            return (given,)
-        if not isinstance(given, list | tuple) and type(given).__module__ == "numpy":  # a cell of a pandas frame
-            given = given.tolist()
-        if not isinstance(given, list | tuple):
-            raise QuestionsError(
-                f"{self._name} has golden_answers that are {shown_with_kind(given)}: give a tuple of strings, such as ('Paris',)"
-            )
-        for answer in given:
-            if not isinstance(answer, str):
-                place = next(place for place, each in enumerate(given, start=1) if each is answer)
-                raise QuestionsError(
-                    f"{self._name} has a golden answer that is not a string: number {place} is {shown_with_kind(answer)}"
-                )
-        return tuple(given)
-
-    def _mistyped(self) -> QuestionsError:
-        for name in ("question", "data_source"):
-            if not isinstance(found := getattr(self, name), str):
-                return QuestionsError(
-                    f"question {self.id!r} has a {name} that is {shown_with_kind(found)}: give a string"
-                )
-        return QuestionsError(f"{self._name} has metadata that is {shown_with_kind(self.metadata)}: give a dict")
+    def _check_answers(self) -> None:
+        if not any(map(str.strip, self.golden_answers)):
+            raise QuestionsError(f"{self._name} has no golden answer: give at least one, or leave the row out")
 
     @property
     def _name(self) -> str:
         return f"question {self.id!r} of {self.data_source!r}"
 
-    def _unanswered(self) -> QuestionsError:
-        return QuestionsError(f"{self._name} has no golden answer: give at least one, or leave the row out")
+
+# dict first, since the check of the abstract class is slow
+_QUESTION_FIELDS: tuple[tuple[str, Any, str], ...] = (
+    ("question", str, "a string"),
+    ("data_source", str, "a string"),
+    ("golden_answers", tuple, "a tuple of strings, such as ('Paris',)"),
+    ("metadata", (dict, Mapping), "a dict"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +107,7 @@ class Passage:
     def __post_init__(self) -> None:
         if isinstance(self.id, str) and isinstance(self.title, str) and isinstance(self.text, str):
             return
-        if not isinstance(self.id, str):
-            object.__setattr__(self, "id", _id_text(self.id, "passage", CorpusError))
+        _set_id(self, "passage", CorpusError)
         if is_missing(self.title):
             object.__setattr__(self, "title", "")
         for name in ("title", "text"):
@@ -128,10 +115,14 @@ class Passage:
                 raise CorpusError(f"passage {self.id!r} has a {name} that is {shown_with_kind(found)}: give a string")
 
 
-def _id_text(given: Any, what: str, error: type[QuestionsError | CorpusError]) -> str:
+def _set_id(value: Question | Passage, what: str, error: type[QuestionsError | CorpusError]) -> None:
+    """Makes an integer id a string."""
+    given: Any = value.id
+    if isinstance(given, str):
+        return
     if isinstance(given, bool) or not isinstance(given, Integral):
         raise error(f"a {what} has the id {shown_with_kind(given)}: give a string or an integer")
-    return str(int(given))
+    object.__setattr__(value, "id", str(int(given)))
 
 
 class StopReason(StrEnum):
@@ -179,7 +170,7 @@ class Turn:
     """As sampled, including the stop token; never re-encoded."""
     logprobs: tuple[float, ...]
     """Natural-log probabilities of ``sampled_tokens`` under the policy that sampled them; same length."""
-    text: str
+    text: str = ""
     """``sampled_tokens`` decoded."""
     content: str = ""
     """``text`` without chat markup and reasoning."""
@@ -194,17 +185,14 @@ class Turn:
     """Sampling stopped at the length limit."""
     sequence_id: str | None = None
     """The service's id of ``sampled_tokens``, valid within the session; None if it gave none. Also identifies the turn's prompt
-    (see :func:`searchr1_async.training.examples.to_datum`)."""
+    (see :func:`searchr1_async.training.batches.to_datum`)."""
     cached_prompt_tokens: int = 0
     """Prompt tokens billed as cache hits. For a shared first turn, one prompt is billed as the service reports, the other members'
     as fully cached."""
 
     def __repr__(self) -> str:
-        called = ""
-        if self.call is not None:
-            found = sum(map(len, self.call.results))
-            called = f", malformed call: {self.call.problem}" if self.call.problem else f", {_many(found, 'passage')}"
-        return f"<Turn {_cut(self.text)}, {_many(len(self.sampled_tokens), 'token')}{called}>"
+        found = "" if self.call is None else f", {sum(map(len, self.call.results))} passages"
+        return f"<Turn {_cut(self.text)}, {len(self.sampled_tokens):,} tokens{found}>"
 
 
 @dataclass(frozen=True, repr=False)
@@ -263,14 +251,35 @@ class Episode:
     def calls(self) -> tuple[SearchCall, ...]:
         return tuple(turn.call for turn in self.turns if turn.call is not None)
 
+    @property
+    def transcript(self) -> str:
+        """The episode as plain text: question, each turn, each search's passages, answer."""
+        lines = [f"[question] {self.question.question}"]
+        if self.given is not None:
+            lines += ["[given with the question]", *_call_lines(self.given, "nothing")]
+        for number, turn in enumerate(self.turns, start=1):
+            lines.append(f"[turn {number}] {turn.text}")
+            if turn.call is not None:
+                lines += _call_lines(turn.call, "malformed call")
+        lines.append(f"[{self.stop_reason.value}] {self.answer or ''}".rstrip())
+        lines.append(f"[golden] {' | '.join(self.question.golden_answers)}")
+        if self.error:
+            lines.append(f"[error] {self.error}")
+        return "\n".join(lines)
+
     def __repr__(self) -> str:
-        parts = [f"{self.question.id!r}: {_cut(self.question.question)}", _many(len(self.turns), "turn")]
-        if self.calls:
-            parts.append(_many(sum(map(len, (call.queries for call in self.calls))), "query", "queries"))
-        parts.append(f"{len(self.tokens):,} tokens")
-        parts.append(str(self.stop_reason.value) if self.answer is None else f"answer {_cut(self.answer)}")
-        parts.append(f"reward {self.reward:g}" if self.error is None else f"error {_cut(self.error)}")
-        return f"<Episode {', '.join(parts)}>"
+        end = str(self.stop_reason.value) if self.answer is None else f"answer {_cut(self.answer)}"
+        worth = f"reward {self.reward:g}" if self.error is None else f"error {_cut(self.error)}"
+        asked = f"{self.question.id!r}: {_cut(self.question.question)}"
+        return f"<Episode {asked}, {len(self.turns)} turns, {len(self.tokens):,} tokens, {end}, {worth}>"
+
+
+def _call_lines(call: SearchCall, problem: str) -> list[str]:
+    lines = [] if call.problem is None else [f"[{problem}] {call.problem}"]
+    for query, found in zip(call.queries, call.results, strict=False):
+        lines.append(f"[search] {query}")
+        lines.extend(f"[passage] {passage.title}: {passage.text}" for passage in found)
+    return lines
 
 
 @dataclass(frozen=True, repr=False)
@@ -297,19 +306,27 @@ class Group:
         return tuple(sorted({turn.policy_version for episode in self.episodes for turn in episode.turns}))
 
     def __repr__(self) -> str:
-        parts = [f"{self.question.id!r}: {_cut(self.question.question)}", _many(len(self.episodes), "episode")]
-        if self.episodes:
-            parts.append(f"rewards {', '.join(f'{reward:g}' for reward in self.rewards[:16])}")
-        if len(self.episodes) > 16:
-            parts[-1] += ", …"
-        if self.failed:
-            parts.append(f"{len(self.failed)} failed")
-        return f"<Group {', '.join(parts)}>"
+        rewards = ", ".join(f"{reward:g}" for reward in self.rewards[:16]) + (", …" if len(self.episodes) > 16 else "")
+        asked = f"{self.question.id!r}: {_cut(self.question.question)}"
+        return f"<Group {asked}, {len(self.episodes)} episodes, rewards {rewards}, {len(self.failed)} failed>"
+
+
+DropReason = Literal["constant_reward", "too_few_episodes", "too_slow", "step_time_limit"]
+"""Why a group is not trained on: its rewards are all equal; too few of its episodes finished; its step closed without it; its step's
+time was over."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupOutcome:
+    """A group and whether it was trained on."""
+
+    place: int
+    """Index of the group in the run; place p is question p mod N of epoch p div N."""
+    group: Group
+    """May have no episodes if it was cancelled as too slow."""
+    drop_reason: DropReason | None = None
+    """None: trained on."""
 
 
 def _cut(text: str) -> str:
     return repr(text if len(text) <= _SHOWN_TEXT else f"{text[: _SHOWN_TEXT - 1]}…")
-
-
-def _many(count: int, one: str, several: str | None = None) -> str:
-    return f"{count:,} {one if count == 1 else several or one + 's'}"

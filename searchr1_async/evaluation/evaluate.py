@@ -1,268 +1,71 @@
-""":func:`evaluate`: claims the folder, rolls out and judges what is missing, builds the report."""
+""":func:`evaluate`: plans a new evaluation or repeats an earlier one, claims the folder, runs it, builds the report."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import anyio
+import msgspec
 import polars as pl
 import tinker
 
-from searchr1_async.boundary.paths import FilePath, write_parquet
+from searchr1_async.boundary.paths import FilePath, absolute_path, write_parquet
 from searchr1_async.boundary.settings import checked_arguments, settings_of
 from searchr1_async.config import EvalConfig, SamplingSettings
-from searchr1_async.config.configs import takes_config
 from searchr1_async.data.questions import Questions, optional_questions
 from searchr1_async.data.suites import Suites, load_suites
 from searchr1_async.episodes.rendering import check_thinking
-from searchr1_async.episodes.reward import RecipeReward, RewardFunction
-from searchr1_async.errors import RunFolderError
-from searchr1_async.evaluation.episode_store import EpisodeStore, EpisodeWriter, Pool, PoolProgress, SampleKey
-from searchr1_async.evaluation.job_manifest import (
-    continued,
-    describe,
-    refuse_changes,
-    refuse_overrides,
-    repeated_job,
-    repeats,
-)
-from searchr1_async.evaluation.judge import Judge, archive_verdicts, judge_samples
-from searchr1_async.evaluation.manifest import (
+from searchr1_async.episodes.rewards import RecipeReward, RewardFunction
+from searchr1_async.errors import ConfigurationError, RunFolderError
+from searchr1_async.evaluation.episode_store import (
     QUESTIONS_NAME,
-    Manifest,
-    asked_questions,
-    interleaved,
+    EpisodeStore,
+    SampleKey,
+    questions_digest,
     questions_frame,
+    questions_of,
+    read_questions,
 )
+from searchr1_async.evaluation.judge import Judge, find_judge, rename_old_verdicts, verdicts_name
+from searchr1_async.evaluation.manifest import Manifest, refuse_changes
 from searchr1_async.evaluation.plan import (
-    EvaluationJob,
-    OpenedStage,
-    ServiceStage,
-    open_stages,
-    service_stages,
-    settled,
-)
-from searchr1_async.evaluation.report import Report, evaluation_of, make_report
-from searchr1_async.evaluation.systems import (
-    MeasuredSystem,
+    NewEvaluation,
     System,
     SystemSource,
+    describe,
+    described_reward,
     find_systems,
+    of_session,
+    prompt_of,
     search_of_runs,
-    with_baselines,
 )
-from searchr1_async.events import Emit, EvaluationFinished, Notice, PhaseAdvanced, PhaseEnded, PhaseStarted
-from searchr1_async.rollout.player import TinkerPolicy
-from searchr1_async.rollout.workers.messages import WorkerSpec
-from searchr1_async.runs.folder import MANIFEST_NAME, claimed, keep_tokenizer, writing_records
-from searchr1_async.runs.rollouts import (
-    PlaySettings,
-    ServiceChoice,
-    open_search,
-    opened_engine,
-    opened_service,
-    policy_of,
-    started,
-    watching,
-    worker_spec,
-)
+from searchr1_async.evaluation.report import Report, make_report
+from searchr1_async.evaluation.stages import EvaluationJob, Playing, open_stages
+from searchr1_async.events import Emit, Notice, Watchers
+from searchr1_async.runs.folder import MANIFEST_NAME, claimed, writing_records
+from searchr1_async.runs.rollouts import PlaySettings, ServiceChoice, watching
 from searchr1_async.runs.weights import RECIPE_EPISODES, EpisodeChoice, GivenSearch, described_differences, model_name
-from searchr1_async.service.connection import Service, find_endpoint
+from searchr1_async.search.search import Search
+from searchr1_async.service.connection import find_endpoint, is_embedded
+from searchr1_async.service.opening import choose_service_model
 from searchr1_async.trackers import make_trackers, open_trackers
-from searchr1_async.watch.dashboard import Choice
-from searchr1_async.watch.subscribers import Watchers
+from searchr1_async.watch.views import Choice
 
 _RUN_FILES = ("state.json", "checkpoints.json", "metrics", "evaluations", "unlearned")
+"""What a training run writes into its folder."""
+_REPEATABLE = (
+    *("device", "dtype", "port", "start_timeout", "threads", "tokenizer", "max_service_outage"),
+    *("max_episodes_in_flight", "workers", "first_turn", "sampling_deadline"),
+)
+"""Settings that a repetition accepts: they do not change what is measured, or a manifest may not describe them."""
 
 
-async def run_evaluation(job: EvaluationJob, watchers: Watchers, opened: AsyncExitStack) -> Report:
-    """Rolls out and judges missing samples, then builds the report.
-
-    ``opened`` receives the folder's lock and event log, which must outlive the last event. Raises SearchR1Errors, also within
-    exception groups; finished episodes are kept in ``out_dir``.
-    """
-    watchers(Notice(find_endpoint(job.choice.service).text))
-    job = await settled(job, watchers)
-    asked = questions_frame(asked_questions(job.suites))
-    # In a thread: reads the whole corpus and the runs' training questions.
-    manifest = await anyio.to_thread.run_sync(describe, job, asked)
-    _report_settings(job, manifest, watchers)
-    async with AsyncExitStack() as services:
-        stages = await _validate(job, manifest, services, watchers)
-        if job.out_dir is not None:
-            opened.enter_context(claimed(job.out_dir))
-            for tracker in await opened.enter_async_context(open_trackers(make_trackers((), job.out_dir))):
-                watchers.subscribe(tracker)
-        store = EpisodeStore(job.out_dir)
-        with _removing_on_error(store):
-            manifest, done = await anyio.to_thread.run_sync(_begin, job, store, manifest, asked)
-            await _Evaluation(job, store, watchers, done).run(stages, services)
-    with writing_records(store.folder):
-        await anyio.to_thread.run_sync(store.finish)
-    return await anyio.to_thread.run_sync(make_report, store, manifest)
-
-
-def _report_settings(job: EvaluationJob, manifest: Manifest, emit: Emit) -> None:
-    """Emits which systems use a run's training settings, and where settings differ from training."""
-    for measured, record in zip(job.systems, manifest.systems, strict=True):
-        if record.like is not None and measured.system.method == "search":
-            settings = str(job.settings_of(measured).episodes) or "the defaults"
-            emit(Notice(f"{record.label!r} uses the training settings of the run in {record.like}: {settings}"))
-        if record.differences:
-            found = described_differences(record.differences)
-            emit(
-                Notice(f"{record.label!r} is evaluated with other settings than in training: {found}", is_warning=True)
-            )
-
-
-async def _validate(
-    job: EvaluationJob, manifest: Manifest, services: AsyncExitStack, emit: Emit
-) -> list[OpenedStage] | None:
-    """Validates the job before anything is written. Returns the opened services, or None for a resumed evaluation, which may
-    need none."""
-    earlier = None if job.out_dir is None else await anyio.to_thread.run_sync(Manifest.load, job.out_dir)
-    if earlier is not None and job.out_dir is not None:
-        refuse_changes(earlier, manifest, job.out_dir, resume=job.resume)
-        return None
-    _refuse_run(job)
-    return await open_stages(job, service_stages(job, job.systems), services, emit)
-
-
-@contextmanager
-def _removing_on_error(store: EpisodeStore) -> Iterator[None]:
-    """On an error before the first episode, removes the new evaluation's files so that a corrected call can reuse the folder."""
-    is_new = not (store.folder / MANIFEST_NAME).exists()
-    try:
-        yield
-    except BaseException:
-        if is_new and not store.frame().head(1).collect().height:
-            for name in (MANIFEST_NAME, QUESTIONS_NAME):  # manifest first: without it there is no evaluation
-                (store.folder / name).unlink(missing_ok=True)
-            shutil.rmtree(store.folder / "tokenizer", ignore_errors=True)
-        raise
-
-
-def _refuse_run(job: EvaluationJob) -> None:
-    """Refuses a training run's folder, whose files would be overwritten."""
-    if job.out_dir is not None and any((job.out_dir / name).exists() for name in _RUN_FILES):
-        raise RunFolderError(
-            f"{job.out_dir} contains a training run: choose another out_dir, such as {job.out_dir}/evaluation"
-        )
-
-
-def _begin(
-    job: EvaluationJob, store: EpisodeStore, manifest: Manifest, asked: pl.DataFrame
-) -> tuple[Manifest, set[SampleKey]]:
-    """Writes manifest and questions, or loads an earlier session; returns the manifest and the finished samples."""
-    earlier = Manifest.load(store.folder)
-    if earlier is not None:
-        refuse_changes(earlier, manifest, store.folder, resume=job.resume)
-        manifest = continued(earlier, manifest)
-        with writing_records(store.folder):
-            archive_verdicts(store.folder, earlier.judge, manifest.judge)
-            if manifest != earlier:
-                manifest.save(store.folder)
-            archive_verdicts(store.folder, manifest.judge, manifest.judge)
-        return manifest, store.load()
-    _refuse_run(job)
-    with writing_records(store.folder):
-        write_parquet(store.folder / QUESTIONS_NAME, asked)
-        manifest.save(store.folder)
-    return manifest, set()
-
-
-class _Evaluation:
-    def __init__(self, job: EvaluationJob, store: EpisodeStore, watchers: Watchers, done: set[SampleKey]) -> None:
-        self._job, self._store, self._emit = job, store, watchers
-        questions = asked_questions(job.suites)
-        self._writer = EpisodeWriter(store)
-        self._pool = Pool(questions, interleaved(job.suites), job.samples, done, self._writer)
-        total = len(questions) * job.samples * len(job.systems)
-        self._open = {each.label: self._pool.count_open(each.label) for each in job.systems}
-        self._total = total
-        self._progress = PoolProgress(job.samples, watchers, total - sum(self._open.values()))
-        self._has_started = False
-
-    async def run(self, stages: list[OpenedStage] | None, services: AsyncExitStack) -> None:
-        """Rolls out and judges missing samples; opens the stages if they are not open yet and something is missing."""
-        job = self._job
-        judges = job.judge is not None and await anyio.to_thread.run_sync(self._is_unjudged)
-        wanted = [each for each in job.systems if self._open[each.label] or judges]
-        if not wanted:
-            self._emit(Notice(f"nothing to do: all {self._total:,} episodes are finished"))
-            return
-        if self._progress.done:
-            self._emit(Notice(f"resuming: {self._progress.done:,} of {self._total:,} episodes are finished"))
-        if stages is None:
-            stages = await open_stages(job, service_stages(job, wanted), services, self._emit)
-        async with AsyncExitStack() as stack:
-            if job.search is not None and any(each.system.method != "direct" for each in wanted):
-                await open_search(job.search, self._emit)
-                await stack.enter_async_context(job.search)
-            for stage, service in stages:
-                if service is not None:
-                    await self._play_stage(stage, service)
-                    continue
-                async with opened_service(stage.choice, stage.folder, self._emit) as own_service:
-                    await self._play_stage(stage, own_service)
-
-    def _is_unjudged(self) -> bool:
-        # Episodes that are yet to be rolled out will need a verdict.
-        return any(self._open.values()) or not self._store.unjudged().is_empty()
-
-    async def _play_stage(self, stage: ServiceStage, service: Service) -> None:
-        job = self._job
-        if not self._has_started:
-            self._has_started = True
-            self._emit(started("evaluate", service, job.used_search, job.play, stage.systems[0].weights.step))
-        if job.out_dir is not None:
-            await keep_tokenizer(service.tokenizer, job.out_dir)
-        await self._play_systems(service, [each for each in stage.systems if self._open[each.label]])
-        if job.found_judge is not None:
-            await judge_samples(job.found_judge, self._store, stage.systems, service, self._emit)
-
-    async def _play_systems(self, service: Service, systems: list[MeasuredSystem]) -> None:
-        """Systems with equal settings share an engine and its pool."""
-        by_settings: dict[tuple[WorkerSpec, int | None, int | None], list[MeasuredSystem]] = {}
-        for measured in systems:
-            play = self._job.settings_of(measured)
-            spec = worker_spec(service, play, measured.system.method)
-            by_settings.setdefault((spec, play.episodes.n_results, play.episodes.max_passage_words), []).append(
-                measured
-            )
-        for (spec, *_), own in by_settings.items():
-            policies = [(each, await policy_of(service, each.weights, self._job.play.sampling)) for each in own]
-            await self._play_pool(service, spec, policies)
-            for event in await anyio.to_thread.run_sync(self._finished, own):
-                self._emit(event)
-
-    def _finished(self, systems: list[MeasuredSystem]) -> list[EvaluationFinished]:
-        scores = self._store.scores()
-        found = [evaluation_of(each.label, scores, each.weights.step) for each in systems]
-        return [EvaluationFinished(each.label, each.step, each.metrics()) for each in found]
-
-    async def _play_pool(
-        self, service: Service, spec: WorkerSpec, policies: list[tuple[MeasuredSystem, TinkerPolicy]]
-    ) -> None:
-        began, labels = anyio.current_time(), ", ".join(measured.label for measured, _ in policies)
-        self._emit(PhaseStarted("evaluate", self._total, "episodes", labels))
-        self._emit(PhaseAdvanced("evaluate", self._progress.done))
-        play = self._job.settings_of(policies[0][0])
-        async with (
-            self._writer.writing(),
-            opened_engine(service, spec, self._job.used_search, play, self._emit) as engine,
-        ):
-            await self._pool.play(engine, policies, self._progress)
-        self._emit(PhaseEnded("evaluate", anyio.current_time() - began))
-
-
-@takes_config(EvalConfig, emit="on_event", checkpoint="systems", service_folder="systems=System(service_folder=…)")
 async def evaluate(
-    suites: Suites | Manifest | Report,
+    suites: Suites,
     search: GivenSearch | None = None,
     systems: Mapping[str, SystemSource] | SystemSource = None,
     config: EvalConfig | None = None,
@@ -283,8 +86,8 @@ async def evaluate(
 
     Args:
         suites: benchmark names (``"nq"``; ``"benchmarks"`` for all seven), files, folders, frames, questions, or a list of
-            these; see :func:`searchr1_async.evaluation.load_suites`. Or an earlier evaluation to repeat: its folder, ``manifest.json``,
-            :class:`Report` or :class:`Manifest`; arguments and settings that change what is measured are then refused.
+            these; see :func:`searchr1_async.evaluation.load_suites`. Or the folder of an earlier
+            evaluation, to repeat it; arguments and settings that change what is measured are then refused.
         search: the search tool. Optional if all systems answer directly, if the evaluated runs were trained with one search
             (their folders describe it), or if a repeated manifest describes it.
         systems: what to evaluate: a run or its folder (last weights), a ``tinker://`` path, None (the base model), or a
@@ -309,23 +112,29 @@ async def evaluate(
     choice = settings_of(ServiceChoice, config.flat(), service=service, model=model, local=config.local)
     # One request per sample, so that a sample lost in a kill is reproduced on resume.
     sampling = replace(config.sampling, first_turn="split")
+    folder = given["out_dir"]
+    if resume and folder is None:
+        raise ConfigurationError("resume=True continues the evaluation in out_dir: pass out_dir")
     if repeats(suites):
         refuse_overrides(given, config)
-        job = await anyio.to_thread.run_sync(
-            lambda: repeated_job(
-                suites, search, choice, sampling, out_dir=given["out_dir"], resume=given["resume"], reward=reward
-            )
-        )
+        planned = await anyio.to_thread.run_sync(_repeated, suites, search, choice, sampling, reward)
     else:
-        job = await _new_job(given, config, choice, sampling)
+        planned = await _new(given, config, choice, sampling)
     async with AsyncExitStack() as opened, watching("evaluate", progress, on_event) as watchers:
-        return await run_evaluation(job, watchers, opened)
+        watchers(Notice(find_endpoint(service).text))
+        earlier = None if folder is None else await anyio.to_thread.run_sync(Manifest.load, folder)
+        if isinstance(planned, NewEvaluation):
+            planned = await _settled(planned, earlier, watchers)
+            planned = await anyio.to_thread.run_sync(_job, planned)
+        if earlier is not None:
+            refuse_changes(earlier, planned.manifest, folder, resume=resume)
+        return await _run(planned, folder, earlier, watchers, opened)
     raise AssertionError("watching() hides no exception")
 
 
-async def _new_job(
+async def _new(
     given: Mapping[str, Any], config: EvalConfig, choice: ServiceChoice, sampling: SamplingSettings
-) -> EvaluationJob:
+) -> NewEvaluation:
     chosen = config.selection
     asked = EpisodeChoice().completed_by(config.episode)
     play = settings_of(
@@ -347,16 +156,15 @@ async def _new_job(
     sources = given["systems"]
     if not isinstance(sources, Mapping):
         sources = {config.label: _with_model(sources, choice.model)}
-    systems = find_systems(with_baselines(sources, tuple(config.baselines)))
-    return settings_of(
-        EvaluationJob,
-        given,
+    systems = find_systems(sources, config.baselines)
+    return NewEvaluation(
         suites=suites,
         systems=systems,
         search=given["search"] or await anyio.to_thread.run_sync(search_of_runs, systems),
         asked=asked,
         play=play,
         choice=choice,
+        judge=given["judge"],
         training_questions=optional_questions(given["training_questions"]),
     )
 
@@ -365,3 +173,165 @@ def _with_model(source: SystemSource, model: str | None) -> System:
     """A system without a label; the evaluation's model is its base model."""
     system = source if isinstance(source, System) else System(checkpoint=source)
     return system if system.model or system.checkpoint is None else replace(system, model=model)
+
+
+async def _settled(new: NewEvaluation, earlier: Manifest | None, emit: Emit) -> NewEvaluation:
+    """With the default model resolved: from the session being resumed, else from the service.
+
+    Raises ServiceError, or ModelError if the service offers neither the default nor another model of its family.
+    """
+    unnamed = [each.label for each in new.systems if new.model_of(each) is None]
+    if not unnamed or is_embedded(new.choice.service):
+        return new
+    then = {record.label: record.model for record in earlier.systems} if earlier is not None else {}
+    model = then.get(unnamed[0])
+    if model is None:
+        model, note = await choose_service_model(new.choice.service)
+        if note is not None:
+            emit(Notice(note))
+    return replace(new, choice=replace(new.choice, model=model))
+
+
+def _job(new: NewEvaluation) -> EvaluationJob:
+    """Reads the whole corpus and the training questions: call it in a worker thread. Raises CorpusError."""
+    manifest = describe(new)
+    questions = tuple(question for suite in new.suites for question in suite.questions)
+    search = None if manifest.search is None else new.search
+    return _judged(EvaluationJob(manifest, questions, search, new.play, new.choice), new.judge)
+
+
+def _judged(job: EvaluationJob, judge: Judge | None) -> EvaluationJob:
+    """A job in this session, with its judge."""
+    models, choice = {record.model for record in job.manifest.systems}, job.choice
+    found = None if judge is None else find_judge(judge, models, is_embedded=is_embedded(choice.service))
+    described = None if found is None else msgspec.to_builtins(found.describe())
+    return replace(job, judge=found, manifest=replace(of_session(job.manifest, choice.service), judge=described))
+
+
+# --- repeating ----------------------------------------------------------------------------------------------------------
+
+
+def repeats(source: object) -> bool:
+    """Whether ``source`` is an earlier evaluation rather than suites."""
+    if not isinstance(source, str | Path) or not str(source).strip():
+        return False
+    path = absolute_path(source, "suites")
+    return path.name == MANIFEST_NAME or (path / MANIFEST_NAME).is_file()
+
+
+def refuse_overrides(given: Mapping[str, Any], config: EvalConfig) -> None:
+    """Raises ConfigurationError if arguments or settings that the manifest determines are given.
+
+    ``given`` maps all parameter names of ``evaluate`` to values.
+    """
+    usual = EvalConfig().flat()
+    changed = [name for name, value in config.flat().items() if name not in _REPEATABLE and value != usual[name]]
+    for name in ("systems", "judge", "training_questions"):
+        value = given[name]
+        # A frame of training questions has no truth value.
+        if value is not None and not (isinstance(value, list | tuple | dict) and not value):
+            changed.append(name)
+    if changed:
+        raise ConfigurationError(
+            f"an evaluation is repeated with its original settings: omit {', '.join(changed)}, or evaluate the suites anew"
+        )
+
+
+def _repeated(
+    source: Any, search: Search | None, choice: ServiceChoice, sampling: SamplingSettings, reward: RewardFunction | None
+) -> EvaluationJob:
+    """The job of an earlier evaluation. Blocking: call it in a worker thread.
+
+    Raises:
+        RunFolderError: there is no manifest, or the questions changed.
+        ConfigurationError: the manifest cannot describe its search or reward, the given ones differ, or a prompt changed.
+    """
+    path = absolute_path(source, "suites")
+    then = Manifest.load(path)
+    if then is None:
+        raise RunFolderError(f"there is no manifest {path}")
+    asked = read_questions(path if path.is_dir() else path.parent)
+    if questions_digest(asked) != then.questions_sha256:
+        raise RunFolderError("the questions beside the manifest do not match it")
+    settings = then.settings
+    play = PlaySettings(
+        reward=reward or _recorded_reward(settings["reward"]),
+        sampling=replace(sampling, temperature=settings["temperature"], seed=settings["seed"]),
+        episodes=then.episodes,
+        group_size=settings["samples"],
+        max_failed_fraction=settings["max_failed_fraction"],
+    )
+    for record in then.systems:
+        episodes = replace(play, episodes=record.episodes(play.episodes)).episodes  # checked
+        if record.prompt_sha256 not in (None, prompt_of(episodes, record.method)[1]):
+            raise ConfigurationError(
+                f"{record.label!r} used a different prompt ({record.prompt!r}) than method {record.method!r} uses in the "
+                "installed package versions: install the versions in the manifest, or start a new evaluation"
+            )
+    search = None if then.search is None else Search.from_record(then.search, search, "the manifest")
+    manifest = replace(
+        then,
+        search=None if search is None else msgspec.to_builtins(search.record()),
+        settings={**settings, "reward": described_reward(play.reward)},
+    )
+    judge = None if then.judge is None else Judge(**then.judge)
+    return _judged(EvaluationJob(manifest, questions_of(asked), search, play, choice), judge)
+
+
+def _recorded_reward(record: Mapping[str, Any]) -> RewardFunction:
+    if record["kind"] != RecipeReward.__name__:
+        raise ConfigurationError(f"the manifest cannot describe its reward ({record['kind']}): pass reward=…")
+    return settings_of(RecipeReward, record)
+
+
+# --- running ------------------------------------------------------------------------------------------------------------
+
+
+async def _run(
+    job: EvaluationJob, folder: Path | None, earlier: Manifest | None, watchers: Watchers, opened: AsyncExitStack
+) -> Report:
+    """Rolls out and judges missing samples, then builds the report.
+
+    ``opened`` receives the folder's lock and event log, which must outlive the last event. Raises SearchR1Errors, also within
+    exception groups; finished episodes are kept in the folder.
+    """
+    manifest = job.manifest if earlier is None else job.manifest.continuing(earlier)
+    for record in manifest.systems:
+        if record.differences:
+            text = f"{record.label!r} is evaluated with other settings than in training: "
+            watchers(Notice(text + described_differences(record.differences), is_warning=True))
+    async with AsyncExitStack() as services:
+        stages = None  # a resumed evaluation may need no service
+        if earlier is None:
+            if folder is not None and any((folder / name).exists() for name in _RUN_FILES):
+                raise RunFolderError(
+                    f"{folder} contains a training run: choose another out_dir, such as {folder}/evaluation"
+                )
+            stages = await open_stages(job, manifest.systems, services, watchers)
+        if folder is not None:
+            opened.enter_context(claimed(folder))
+            for tracker in await opened.enter_async_context(open_trackers(make_trackers((), folder))):
+                watchers.subscribe(tracker)
+        store = EpisodeStore(folder, verdicts_name(manifest.judge))
+        asked = questions_frame(job.questions)
+        done = await anyio.to_thread.run_sync(_begin, store, earlier, manifest, asked)
+        await Playing(job, store, watchers, done).run(stages, services)
+    with writing_records(store.folder):
+        await anyio.to_thread.run_sync(store.finish)
+    return await anyio.to_thread.run_sync(make_report, store, manifest)
+
+
+def _begin(store: EpisodeStore, earlier: Manifest | None, manifest: Manifest, asked: pl.DataFrame) -> set[SampleKey]:
+    """Writes manifest and questions, or loads an earlier session; returns the finished samples."""
+    if Manifest.load(store.folder) != earlier:
+        raise RunFolderError(
+            f"{store.folder} was changed by another process while this evaluation started: call it again"
+        )
+    with writing_records(store.folder):
+        if earlier is None:
+            write_parquet(store.folder / QUESTIONS_NAME, asked)
+        else:
+            rename_old_verdicts(store.folder, earlier.judge)
+        if manifest != earlier:
+            manifest.save(store.folder)
+    return set() if earlier is None else store.load()

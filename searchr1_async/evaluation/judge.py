@@ -11,28 +11,25 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import anyio
-import polars as pl
 
 from searchr1_async.boundary.settings import Count, Seconds, check_settings
-from searchr1_async.boundary.waits import GatheredItems
 from searchr1_async.config import SamplingSettings
-from searchr1_async.episodes.prompts import PlainText
+from searchr1_async.episodes.prompts import THINK, PlainText
 from searchr1_async.episodes.rendering import load_tokenizer, select_renderer
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import ConfigurationError, ServiceError, ungrouped
-from searchr1_async.evaluation.episode_store import JUDGEMENTS_NAME, EpisodeStore, SampleKey
-from searchr1_async.evaluation.systems import MeasuredSystem
+from searchr1_async.evaluation.episode_store import OLD_VERDICTS_NAME, EpisodeStore, SampleKey
 from searchr1_async.events import Emit, PhaseAdvanced, PhaseEnded, PhaseStarted
 from searchr1_async.rollout.event_loop import LoopTurns
 from searchr1_async.rollout.gate import SampleGate
 from searchr1_async.rollout.player import GroupPolicy, TinkerPolicy
-from searchr1_async.runs.folder import writing_records
 from searchr1_async.runs.weights import GivenWeights, Weights, find_weights
 from searchr1_async.service.availability import choose_model
 from searchr1_async.service.connection import Service
@@ -56,7 +53,7 @@ JUDGE_INSTRUCTIONS = (
 )
 
 _VERDICT = re.compile(r"[\s\"'`*_.:\[({-]*(yes|no)\b", re.IGNORECASE)
-_EITHER = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
+_EITHER = re.compile(r"\b(?:yes|no)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +61,7 @@ class Judge:
     """A model that judges whether answers are right.
 
     Raises:
-        ConfigurationError: a blank text, or a number out of range.
+        ConfigurationError: a value of another kind, or a number out of range.
     """
 
     model: str | None = None
@@ -84,10 +81,6 @@ class Judge:
 
     def __post_init__(self) -> None:
         check_settings(self, "the judge's ")
-        for name in ("model", "checkpoint", "instructions", "renderer"):
-            value = getattr(self, name)
-            if value is not None and not str(value).strip():
-                raise ConfigurationError(f"the judge's {name} is blank: set it or omit it")
 
     @property
     def sampling(self) -> SamplingSettings:
@@ -111,11 +104,10 @@ class Judge:
 
     def read(self, text: str) -> bool | None:
         """Parses a verdict; None if the text does not start with yes or no, or contains both."""
-        reply = text.rpartition("</think>")[2]
+        reply = text.rpartition(THINK.close)[2]
         verdict = _VERDICT.match(reply)
-        if verdict is None or len({found[1].lower() for found in _EITHER.finditer(reply)}) != 1:
-            return None
-        return verdict[1].lower() == "yes"
+        is_clear = len({*map(str.lower, _EITHER.findall(reply))}) == 1
+        return verdict[1].lower() == "yes" if verdict is not None and is_clear else None
 
 
 def _quoted(text: str, limit: int) -> str:
@@ -125,13 +117,6 @@ def _quoted(text: str, limit: int) -> str:
     return json.dumps(shown if len(shown) <= limit else shown[:limit] + "…", ensure_ascii=False)
 
 
-@dataclass(slots=True)
-class _Item:
-    question: Question
-    answer: str
-    places: list[int] = field(default_factory=list)
-
-
 async def judge_answers(
     judge: Judge,
     items: Sequence[tuple[Question, str]],
@@ -139,134 +124,76 @@ async def judge_answers(
     tokenizer: Any,
     *,
     model_name: str,
-    gate: SampleGate | None = None,
-    on_judged: Callable[[Mapping[int, float | None]], None] | None = None,
-) -> dict[int, float | None]:
-    """Judges answers concurrently.
-
-    Duplicates are judged once; blank answers are wrong without a request.
+    on_judged: Callable[[Mapping[int, float | None]], None],
+) -> None:
+    """Judges (question, answer) pairs concurrently; duplicates once, blank answers as wrong without a request.
 
     Args:
-        judge: its settings.
-        items: (question, answer) pairs.
         policy: samples from the judge's weights with :attr:`Judge.sampling`.
-        tokenizer: the judge's tokenizer.
-        model_name: the judge's model; chooses the chat format.
-        gate: shared limit of concurrent samples; None creates one.
-        on_judged: called with verdicts as they arrive.
-
-    Returns:
-        Verdicts by index: 1.0 right, 0.0 wrong, None unreadable. Failed requests are absent and can be retried.
+        on_judged: called with verdicts by index as they arrive: 1.0 right, 0.0 wrong, None unreadable. Failed requests are absent
+            and can be retried.
 
     Raises:
         ModelError: no chat format is known for the model.
         ServiceError: more than :data:`MAX_FAILED_FRACTION` of the requests failed.
     """
-    asking = _Judging(judge, policy, tokenizer, model_name, gate or SampleGate(), on_judged)
-    asking.keep([place for place, (_, answer) in enumerate(items) if not answer.strip()], False)
-    return await asking.ask(_deduplicated(items))
-
-
-def _deduplicated(items: Sequence[tuple[Question, str]]) -> list[_Item]:
-    asked: dict[tuple[str, tuple[str, ...], str], _Item] = {}
+    renderer = select_renderer(model_name, tokenizer, judge.renderer)
+    asking = _Asking(judge, policy, renderer, PlainText.of(tokenizer))
+    asking.gate.watch(getattr(policy, "client", None))
+    places: dict[tuple[str, tuple[str, ...], str], list[int]] = defaultdict(list)
     for place, (question, answer) in enumerate(items):
-        if not answer.strip():
-            continue
-        key = (question.question, question.golden_answers, answer)
-        asked.setdefault(key, _Item(question, answer)).places.append(place)
-    return list(asked.values())
+        places[question.question, question.golden_answers, answer if answer.strip() else ""].append(place)
+    failed, left = 0, iter(places.items())
+    allowed = max(1.0, MAX_FAILED_FRACTION * sum(bool(answer) for *_, answer in places))
 
-
-class _Judging:
-    def __init__(
-        self,
-        judge: Judge,
-        policy: GroupPolicy,
-        tokenizer: Any,
-        model_name: str,
-        gate: SampleGate,
-        on_judged: Callable[[Mapping[int, float | None]], None] | None,
-    ) -> None:
-        self._verdicts: dict[int, float | None] = {}
-        self._judge, self._policy, self._gate, self._on_judged = judge, policy, gate, on_judged
-        self._tokenizer = tokenizer
-        self._renderer = select_renderer(model_name, tokenizer, judge.renderer)
-        self._plain = PlainText.of(tokenizer)
-        self._turns = LoopTurns()
-        self._allowed = 0.0
-        self._failed = 0
-        self._unreadable = 0
-
-    async def ask(self, asked: Sequence[_Item]) -> dict[int, float | None]:
-        self._allowed = max(1.0, MAX_FAILED_FRACTION * len(asked))
-        self._gate.watch(getattr(self._policy, "client", None))
-        left = iter(asked)
-        with ungrouped(ServiceError):
-            async with anyio.create_task_group() as tasks:
-                for _ in range(min(self._judge.at_once, len(asked))):
-                    tasks.start_soon(self._work, left)
-        if self._failed or self._unreadable:
-            logger.warning(
-                "judged %d answers: %d verdicts were unreadable, %d requests failed",
-                len(asked),
-                self._unreadable,
-                self._failed,
-            )
-        return self._verdicts
-
-    async def _work(self, left: Iterator[_Item]) -> None:
-        for asked in left:
+    async def work() -> None:
+        nonlocal failed
+        for (question, golden, answer), own in left:
             try:
-                verdict = self._judge.read(await self._reply(asked))
-                self._unreadable += verdict is None
+                verdict = judge.read(await asking.reply(question, golden, answer)) if answer else False
             except (ServiceError, TimeoutError) as error:
-                self._failed += 1
-                if self._failed > self._allowed:
-                    cause = error if isinstance(error, ServiceError) else f"no answer in {self._judge.deadline:g} s"
+                failed += 1
+                if failed > allowed:
                     raise ServiceError(
-                        f"{self._failed} of the judge's requests failed; the last: {cause}. Fix the service and resume, or "
-                        "evaluate without a judge: all other metrics are unaffected."
+                        f"{failed} of the judge's requests failed; the last: {str(error) or 'no answer in time'}. Fix the "
+                        "service and resume, or evaluate without a judge: all other metrics are unaffected."
                     ) from error
             else:
-                self.keep(asked.places, verdict)
+                on_judged(dict.fromkeys(own, None if verdict is None else float(verdict)))
 
-    async def _reply(self, asked: _Item) -> str:
+    with ungrouped(ServiceError):
+        async with anyio.create_task_group() as tasks:
+            for _ in range(min(judge.at_once, len(places))):
+                tasks.start_soon(work)
+    if failed:
+        logger.warning("judged %d answers: %d requests failed", len(places), failed)
+
+
+@dataclass(slots=True)
+class _Asking:
+    judge: Judge
+    policy: GroupPolicy
+    renderer: Any
+    plain: PlainText
+    gate: SampleGate = field(default_factory=SampleGate)
+    turns: LoopTurns = field(default_factory=LoopTurns)
+
+    async def reply(self, question: str, golden_answers: Sequence[str], answer: str) -> str:
         """The judge's reply. Special tokens and tags in the texts are defused."""
-        await self._turns.turn()
-        question = asked.question
-        text = self._judge.prompt(question.question, question.golden_answers, asked.answer)
-        prompt = self._renderer.render_ids(
-            [
-                {"role": "system", "content": self._judge.instructions or JUDGE_INSTRUCTIONS},
-                {"role": "user", "content": self._plain.defuse(text)},
-            ],
-            add_generation_prompt=True,
-        )
-        with anyio.fail_after(self._judge.deadline):
-            async with self._gate.slot(tokens=len(prompt)) as slot:
-                stop = self._renderer.get_stop_token_ids()
-                sampled = await self._policy.sample(prompt, max_tokens=self._judge.max_tokens, stop=stop, seed=0)
-                slot.finished([len(sampled.tokens)], sampled.cached_prompt_tokens)
-        return self._content(prompt, sampled.tokens)
-
-    def _content(self, prompt: list[int], sampled: Sequence[int]) -> str:
+        await self.turns.turn()
+        text = self.plain.defuse(self.judge.prompt(question, golden_answers, answer))
+        instructions = {"role": "system", "content": self.judge.instructions or JUDGE_INSTRUCTIONS}
+        prompt = self.renderer.render_ids([instructions, {"role": "user", "content": text}], add_generation_prompt=True)
+        with anyio.fail_after(self.judge.deadline):
+            async with self.gate.slot(tokens=len(prompt)) as slot:
+                stop = self.renderer.get_stop_token_ids()
+                sampled = await self.policy.sample(prompt, max_tokens=self.judge.max_tokens, stop=stop, seed=0)
+                slot.finished([len(sampled.sampled_tokens)], sampled.cached_prompt_tokens)
         try:
-            parsed = self._renderer.parse_response(list(sampled), prompt_ids=prompt)
+            parsed = self.renderer.parse_response(list(sampled.sampled_tokens), prompt_ids=prompt)
         except Exception:  # renderers raise different errors for malformed output
             return ""
         return parsed.content if isinstance(parsed.content, str) else ""
-
-    def keep(self, places: Iterable[int], verdict: bool | None) -> None:
-        found = dict.fromkeys(places, None if verdict is None else float(verdict))
-        self._verdicts |= found
-        if self._on_judged is not None and found:
-            self._on_judged(found)
-
-
-_WRITE_INTERVAL = 1.0
-"""Seconds between coalesced writes; a kill loses at most this."""
-_IRRELEVANT_FIELDS = ("deadline", "at_once")
-"""Settings that do not affect verdicts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,91 +228,56 @@ def find_judge(judge: Judge, models: Collection[str], *, is_embedded: bool) -> F
     return FoundJudge(judge, named or next(iter(models)), weights)
 
 
-@dataclass(frozen=True, slots=True)
-class OpenJudge:
-    policy: TinkerPolicy
-    tokenizer: Any
-
-
-async def open_judge(found: FoundJudge, service: Service) -> OpenJudge:
-    """Connects a judge to a service. Raises ModelError or ServiceError if anything of it is not available there."""
+async def open_judge(found: FoundJudge, service: Service) -> tuple[TinkerPolicy, Any]:
+    """Connects a judge to a service: its sampler and tokenizer. Raises ModelError or ServiceError if anything of it is not available there."""
     is_same = found.model == service.model_name
     choose_model(found.model, service.offered)  # raises if the service does not offer it
     tokenizer = service.tokenizer if is_same else await load_tokenizer(found.model)
     await anyio.to_thread.run_sync(select_renderer, found.model, tokenizer, found.judge.renderer)
     client = await service.create_sampling_client(found.weights.path, base_model=found.model)
-    return OpenJudge(TinkerPolicy(client, found.weights.step or 0, found.judge.sampling), tokenizer)
-
-
-class VerdictWriter(GatheredItems[Mapping[SampleKey, float | None]]):
-    """Coalesces verdicts and writes them in a worker thread. :meth:`writing` raises CheckpointError in an exception group."""
-
-    def __init__(self, store: EpisodeStore) -> None:
-        super().__init__(self._put, _WRITE_INTERVAL)
-        self._store = store
-
-    async def _put(self, verdicts: list[Mapping[SampleKey, float | None]]) -> None:
-        together = {key: verdict for each in verdicts for key, verdict in each.items()}
-        with writing_records(self._store.folder):
-            await anyio.to_thread.run_sync(self._store.write_judgements, together)
+    return TinkerPolicy(client, found.weights.step or 0, found.judge.sampling), tokenizer
 
 
 async def judge_samples(
-    found: FoundJudge, store: EpisodeStore, systems: Sequence[MeasuredSystem], service: Service, emit: Emit
+    found: FoundJudge, store: EpisodeStore, labels: Sequence[str], service: Service, emit: Emit
 ) -> None:
-    """Judges the finished samples of these systems and writes the verdicts; failed requests stay open.
+    """Judges the finished samples of the systems with these labels and writes the verdicts; failed requests stay open.
 
     Raises ModelError, ServiceError or CheckpointError, also within exception groups.
     """
-    left = await anyio.to_thread.run_sync(store.unjudged, [each.label for each in systems])
+    left = await anyio.to_thread.run_sync(store.unjudged, labels)
     if left.is_empty():
         return
-    keys, items = list(left.select("system", "place", "sample").iter_rows()), _items(left)
-    began, judged, writer = anyio.current_time(), 0, VerdictWriter(store)
+    columns = left.select("question_id", "question", "golden_answers", "suite", "answer").iter_rows()
+    items = [(Question(id, text, tuple(golden), suite), answer or "") for id, text, golden, suite, answer in columns]
+    keys: list[SampleKey] = list(left.select("system", "place", "sample").iter_rows())
+    began, judged = anyio.current_time(), 0
+    writer = store.gathered(store.write_judgements)
     emit(PhaseStarted("judge", len(items), "answers"))
 
     def taken(verdicts: Mapping[int, float | None]) -> None:
         nonlocal judged
         judged += len(verdicts)
-        writer.take({keys[place]: verdict for place, verdict in verdicts.items()})
+        for place, verdict in verdicts.items():
+            writer.take((*keys[place], verdict))
         emit(PhaseAdvanced("judge", judged))
 
-    opened = await open_judge(found, service)
+    policy, tokenizer = await open_judge(found, service)
     async with writer.writing():
-        await judge_answers(
-            found.judge, items, opened.policy, opened.tokenizer, model_name=found.model, on_judged=taken
-        )
+        await judge_answers(found.judge, items, policy, tokenizer, model_name=found.model, on_judged=taken)
     emit(PhaseEnded("judge", anyio.current_time() - began))
 
 
-def _items(left: pl.DataFrame) -> list[tuple[Question, str]]:
-    """(question, answer) pairs; a missing answer is blank."""
-    columns = left.select("question_id", "question", "golden_answers", "suite", "answer").iter_rows()
-    return [
-        (Question(identifier, question, tuple(golden), suite), answer or "")
-        for identifier, question, golden, suite, answer in columns
-    ]
+def verdicts_name(judge: Mapping[str, Any] | None) -> str | None:
+    """Name of the file with the verdicts of a judge, as described in a manifest: no file mixes two judges."""
+    if judge is None:
+        return None
+    # These do not affect verdicts.
+    values = {name: value for name, value in judge.items() if name not in ("deadline", "at_once")}
+    return f"judgements-{hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]}.parquet"
 
 
-def archive_verdicts(folder: Path, before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> None:
-    """Archives verdicts of a different judge and restores those of the current one, so that no file mixes two judges.
-
-    Called before and after the manifest is updated: a kill in between then loses nothing. Raises OSError.
-    """
-    current = folder / JUDGEMENTS_NAME
-    if before is not None and judge_digest(before) != (now and judge_digest(now)) and current.exists():
-        current.replace(_archive_path(folder, before))
-    if now is not None and judge_digest(now) == (before and judge_digest(before)):
-        kept = _archive_path(folder, now)
-        if kept.exists() and not current.exists():
-            kept.replace(current)
-
-
-def judge_digest(judge: Mapping[str, Any]) -> str:
-    """Digest of the settings that verdicts depend on, as described in a manifest."""
-    values = {name: value for name, value in judge.items() if name not in _IRRELEVANT_FIELDS}
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _archive_path(folder: Path, judge: Mapping[str, Any]) -> Path:
-    return folder / f"judgements-{judge_digest(judge)}.parquet"
+def rename_old_verdicts(folder: Path, judge: Mapping[str, Any] | None) -> None:
+    """Gives the file of an older version the name of its judge. Raises OSError."""
+    if (name := verdicts_name(judge)) is not None and (folder / OLD_VERDICTS_NAME).exists():
+        (folder / OLD_VERDICTS_NAME).replace(folder / name)

@@ -1,234 +1,354 @@
-"""The inputs of an evaluation, its order of work, and the opening of its services.
+"""A new evaluation: from a user's systems, suites and settings to its manifest.
 
-What the caller leaves open is settled by an earlier session of the same folder, or else by the service.
+Settings that the caller leaves open come from the runs' training, then from the defaults.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+import datetime
+import hashlib
+import json
+import platform
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
-import anyio
+import msgspec
 
-from searchr1_async.data.suites import Suite
-from searchr1_async.episodes.formats import check_recipe
-from searchr1_async.episodes.rendering import AS_TEMPLATE, select_renderer
+from searchr1_async.boundary.paths import FilePath, is_same_place
+from searchr1_async.boundary.settings import Count, Natural, check_settings, settings_of
+from searchr1_async.config import EpisodeLimits
+from searchr1_async.data.suites import Suite, find_overlap
+from searchr1_async.episodes.formats import SEARCH_TOOL, check_recipe
+from searchr1_async.episodes.prompts import EXAMPLES, INSTRUCTIONS, WITHOUT_TOOL, Method, load_recipe_prompt
+from searchr1_async.episodes.rewards import RecipeReward, RewardFunction
+from searchr1_async.episodes.table import storable
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import ConfigurationError
-from searchr1_async.evaluation.judge import FoundJudge, Judge, find_judge, open_judge
-from searchr1_async.evaluation.manifest import Manifest
-from searchr1_async.evaluation.systems import MeasuredSystem
-from searchr1_async.events import Emit, Notice
-from searchr1_async.runs.rollouts import PlaySettings, ServiceChoice, check_prompt, opened_service, policy_of
-from searchr1_async.runs.weights import EpisodeChoice, Weights, model_name, named_passages
+from searchr1_async.evaluation.episode_store import questions_digest, questions_frame
+from searchr1_async.evaluation.judge import Judge
+from searchr1_async.evaluation.manifest import Manifest, SuiteRecord, SystemRecord
+from searchr1_async.models import Thinking
+from searchr1_async.runs.folder import kept_search, training_questions
+from searchr1_async.runs.rollouts import PlaySettings, ServiceChoice
+from searchr1_async.runs.run import RecordedRun
+from searchr1_async.runs.weights import (
+    EpisodeChoice,
+    GivenWeights,
+    Step,
+    Weights,
+    find_weights,
+    kept_record,
+    model_name,
+    named_passages,
+)
 from searchr1_async.search.search import Search
-from searchr1_async.service.connection import Service, is_embedded
-from searchr1_async.service.startup import check_service, choose_service_model, default_model, load_embedded_tokenizer
+from searchr1_async.service.connection import ServiceName, is_embedded, is_tinker_cloud
+from searchr1_async.service.opening import default_model
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """Weights and how they are used.
+
+    ``System()`` is the base model with the search tool, ``System(method="direct")`` the base model without it. Settings left at
+    None come from the evaluation, then from the run's training.
+
+    Raises:
+        ConfigurationError: an unknown method.
+    """
+
+    checkpoint: GivenWeights | RecordedRun | None = None
+    """A run, its folder, or a ``tinker://`` path; None is the base model."""
+    step: Step = "last"
+    """Which of a run's kept weights: ``"last"``, ``"best"`` on held-out questions, or an optimizer step."""
+    model: str | None = None
+    """Base model; None is that of the run or the evaluation."""
+    method: Method = "search"
+    """``search``, or a baseline: ``direct`` (no search), ``rag`` (one search with the question), ``recipe`` (the prompt of
+    tinker-cookbook's recipe)."""
+    format: str | None = None
+    """Tool-call format."""
+    renderer: str | None = None
+    """Chat format."""
+    thinking: Thinking = None
+    instructions: str | None = None
+    """System prompt; a baseline uses its method's."""
+    limits: EpisodeLimits | None = None
+    """Episode limits; prompts that ask for reasoning need higher ones."""
+    n_results: Count | None = None
+    """Passages per query; a number set on the search takes precedence over training."""
+    max_passage_words: Natural | None = None
+    """Words per passage, 0 for no limit; precedence as for ``n_results``."""
+    service_folder: FilePath | None = None
+    """The embedded service's folder with a ``tinker://`` checkpoint; not needed for a run."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+SystemSource = System | GivenWeights | RecordedRun | None
+"""A system; or a run, its folder or a ``tinker://`` path, used with the search tool; None is the base model."""
+
+
+class FoundSystem(NamedTuple):
+    """A labelled system and its weights."""
+
+    label: str
+    system: System
+    weights: Weights = Weights()
+
+
+def find_systems(sources: Mapping[str, SystemSource], baselines: Sequence[Method] = ()) -> tuple[FoundSystem, ...]:
+    """Finds the systems' weights; each baseline is a system called as its method.
+
+    Raises ConfigurationError for bad labels or models, RunFolderError for bad folders.
+    """
+    if not sources:
+        raise ConfigurationError("there is no system to evaluate: pass systems={label: run, …}, or omit systems")
+    for method in baselines:
+        if method in sources:
+            raise ConfigurationError(f"a system and a baseline are both called {method!r}: rename the system")
+    added = {method: System(method=method) for method in baselines}
+    return tuple(_find(label, source) for label, source in (dict(sources) | added).items())
+
+
+def _find(label: str, source: SystemSource) -> FoundSystem:
+    if not isinstance(label, str) or not label.strip():
+        raise ConfigurationError(f"a system's label is {label!r}: it must be non-blank text")
+    system = source if isinstance(source, System) else System(checkpoint=source)
+    assert not isinstance(system.checkpoint, RecordedRun), "System replaces a run by its folder"
+    weights = find_weights(system.checkpoint, system.step, service_folder=system.service_folder)
+    base = weights.base_model
+    if system.model is not None and base is not None and not is_same_place(system.model, base):
+        raise ConfigurationError(
+            f"{label!r} was trained from {base} and cannot be evaluated as {system.model}: omit its model"
+        )
+    return FoundSystem(storable(label), system, weights)  # as in the episode files
+
+
+def search_of_runs(systems: Sequence[FoundSystem]) -> Search | None:
+    """The search that all runs were trained with, without its passage settings; None if there is no single one.
+
+    Reads a whole corpus: call it in a worker thread. Raises ConfigurationError if the search differs from training, and the
+    errors of :meth:`Search.from_description`.
+    """
+    runs = [each.weights.run for each in systems if each.weights.run is not None and each.system.method != "direct"]
+    records = [(kept_record(run) or {}).get("description") for run in runs]
+    described = [record and {k: v for k, v in record.items() if k not in _PASSAGES} for record in records]
+    if not described or None in described or any(each != described[0] for each in described):
+        return None
+    kept_search(runs[0])  # raises if it differs from training
+    return Search.from_description(described[0] or {})
+
+
+_CHAT, _PASSAGES = ("renderer", "thinking"), ("n_results", "max_passage_words")
+_FOLLOWED: dict[Method, tuple[str, ...]] = {
+    "search": tuple(each.name for each in fields(EpisodeChoice)),
+    "direct": (*_CHAT, "format"),
+    "rag": (*_CHAT, "format", *_PASSAGES),
+    "recipe": (*_CHAT, *_PASSAGES),
+}
+"""Settings of a run's training that a method follows. A baseline keeps its prompt and limits; the recipe's implies its format."""
 
 
 @dataclass(frozen=True)
-class EvaluationJob:
-    """The validated inputs of an evaluation."""
+class NewEvaluation:
+    """The validated arguments of a new evaluation."""
 
     suites: tuple[Suite, ...]
-    systems: tuple[MeasuredSystem, ...]
+    systems: tuple[FoundSystem, ...]
     search: Search | None
     play: PlaySettings
     """``group_size`` is the number of samples per question. Episode settings are defaults behind ``asked`` and runs."""
     choice: ServiceChoice = field(default_factory=ServiceChoice)
-    out_dir: Path | None = None
-    """None keeps the episodes as long as the report exists."""
-    resume: bool = False
     judge: Judge | None = None
     training_questions: tuple[Question, ...] = ()
     """Training questions in addition to those in the runs' folders."""
     asked: EpisodeChoice = field(default_factory=EpisodeChoice)
-    follows_runs: bool = True
-    """Unset settings follow the runs' training. False for evaluations started by older versions."""
 
     def __post_init__(self) -> None:
         searching = [each.label for each in self.systems if each.system.method != "direct"]
         if self.search is None and searching:
-            raise ConfigurationError(f"{', '.join(map(repr, searching))} needs a search: pass search to evaluate()")
+            raise ConfigurationError(
+                f"{', '.join(map(repr, searching))} needs a search: pass search to evaluate(), or --search"
+            )
         for each in self.systems:
-            play = self.settings_of(each)
+            episodes = replace(self.play, episodes=self.episodes_of(each)).episodes  # checked
             if each.system.method == "recipe":
-                check_recipe(play.episodes.format_name, play.episodes.instructions)
-        _ = self.found_judge  # raises if the judge is invalid
-        if self.resume and self.out_dir is None:
-            raise ConfigurationError("resume=True continues the evaluation in out_dir: pass out_dir")
+                check_recipe(episodes.format_name, episodes.instructions)
 
-    @cached_property
-    def found_judge(self) -> FoundJudge | None:
-        """The judge with its model and weights resolved."""
-        if self.judge is None:
-            return None
-        models = {self.model_of(each) for each in self.systems}
-        return find_judge(self.judge, models, is_embedded=is_embedded(self.choice.service))
-
-    @property
-    def used_search(self) -> Search | None:
-        """The search; None if every system answers directly."""
-        return self.search if any(each.system.method != "direct" for each in self.systems) else None
-
-    @property
-    def samples(self) -> int:
-        """Episodes per question and system."""
-        return self.play.group_size
-
-    def settings_of(self, measured: MeasuredSystem) -> PlaySettings:
+    def episodes_of(self, each: FoundSystem) -> EpisodeChoice:
         """A system's episode settings. Precedence: system, caller, search, training, defaults."""
-        asked, usual = self.asked, self.play.episodes
-        if measured.system.method != "search":  # instructions are for the search tool; baselines have their own
+        system, asked, usual = each.system, self.asked, self.play.episodes
+        if system.method != "search":  # instructions are for the search tool; baselines have their own
             asked, usual = replace(asked, instructions=None), replace(usual, instructions=None)
-        chosen = measured.named.completed_by(asked).completed_by(named_passages(self.search))
-        if (like := self.played_like(measured)) is not None:
-            chosen = chosen.completed_by(self._of_training(like, measured))
-        return replace(self.play, episodes=chosen.completed_by(usual))
+        own = settings_of(EpisodeChoice, asdict(system)).completed_by(EpisodeChoice.of_limits(system.limits))
+        chosen = own.completed_by(asked).completed_by(named_passages(self.search))
+        like = self.played_like(each)
+        if like is not None and like.trained is not None:
+            followed = {name: getattr(like.trained.episodes, name) for name in _FOLLOWED[system.method]}
+            chosen = chosen.completed_by(EpisodeChoice(**followed))
+        return chosen.completed_by(usual)
 
-    def played_like(self, measured: MeasuredSystem) -> Weights | None:
+    def played_like(self, each: FoundSystem) -> Weights | None:
         """The run whose training settings a system uses: its own; for other systems, the runs of this evaluation if they agree.
 
         This separates what a run has learned from how it is prompted.
         """
-        if measured.weights.trained is not None:
-            return measured.weights
-        runs = [each.weights for each in self.systems if each.weights.trained is not None]
+        if each.weights.trained is not None:
+            return each.weights
+        runs = [other.weights for other in self.systems if other.weights.trained is not None]
         alike = len({repr(run.trained.episodes) for run in runs if run.trained is not None}) == 1
-        return runs[0] if alike and self.follows_runs else None
+        return runs[0] if alike else None
 
-    def _of_training(self, like: Weights, measured: MeasuredSystem) -> EpisodeChoice:
-        assert like.trained is not None
-        episodes = like.trained.episodes
-        if not self.follows_runs:
-            return EpisodeChoice(thinking=episodes.thinking)
-        if measured.system.method == "search":
-            return episodes
-        # A baseline keeps its method's prompt and limits; the recipe's prompt implies its format.
-        chosen = EpisodeChoice(renderer=episodes.renderer, thinking=episodes.thinking)
-        if measured.system.method != "recipe":
-            chosen = replace(chosen, format=episodes.format)
-        if measured.system.method != "direct":
-            chosen = replace(chosen, n_results=episodes.n_results, max_passage_words=episodes.max_passage_words)
-        return chosen
-
-    def choice_of(self, measured: MeasuredSystem) -> ServiceChoice:
-        # A run's base model takes precedence over the evaluation's model.
-        known = (measured.system.model, measured.weights.base_model, self.choice.model, self._trained_model)
-        model = next((model for model in known if model is not None), None)
-        return replace(self.choice, model=model_name(model, self.choice.service))
-
-    def model_of(self, measured: MeasuredSystem) -> str:
-        return self.choice_of(measured).model or default_model(self.choice.service)
-
-    @property
-    def _trained_model(self) -> str | None:
-        """The first run's base model, the default for systems that name none."""
-        models = (each.weights.base_model for each in self.systems)
-        return next((model for model in models if model is not None), None)
+    def model_of(self, each: FoundSystem) -> str | None:
+        """Precedence: system, its run, evaluation, the first run; None if nobody names one."""
+        runs = (other.weights.base_model for other in self.systems)
+        known = (each.system.model, each.weights.base_model, self.choice.model, *runs)
+        return model_name(next((model for model in known if model is not None), None), self.choice.service)
 
 
-@dataclass(frozen=True, slots=True)
-class ServiceStage:
-    choice: ServiceChoice
-    folder: Path | None
-    """The embedded service's folder with their weights, if any."""
-    systems: tuple[MeasuredSystem, ...]
+# --- the manifest -------------------------------------------------------------------------------------------------------
 
 
-def service_stages(job: EvaluationJob, systems: Sequence[MeasuredSystem]) -> list[ServiceStage]:
-    """The services to open in sequence, each with its systems in input order.
+def describe(new: NewEvaluation) -> Manifest:
+    """The manifest, but for the judge. Reads the whole corpus and the training questions: call it in a worker thread.
 
-    One per model and, if embedded, per folder of weights: an embedded service sees only its own folder, and two at once would
-    compete for cores. A base model uses the service of the first weights trained from it.
+    Raises CorpusError.
     """
-    stages: dict[tuple[str | None, Path | None], list[MeasuredSystem]] = {}
-    has_folders = is_embedded(job.choice.service)
-    for measured in sorted(systems, key=lambda each: each.weights.service_folder is None):
-        model, folder = job.choice_of(measured).model, measured.weights.service_folder if has_folders else None
-        key = (model, folder)
-        if folder is None:
-            key = next((other for other in stages if other[0] == model), key)
-        stages.setdefault(key, []).append(measured)
-    return [
-        ServiceStage(replace(job.choice, model=model), folder, tuple(sorted(own, key=systems.index)))
-        for (model, folder), own in stages.items()
-    ]
+    play = new.play
+    asked = [question for suite in new.suites for question in suite.questions]
+    overlap = cache(lambda run: _overlap(new, run, asked))
+    is_searched = new.search is not None and any(each.system.method != "direct" for each in new.systems)
+    return Manifest(
+        created="",
+        versions={},
+        service={},
+        search=msgspec.to_builtins(new.search.record()) if new.search is not None and is_searched else None,
+        settings={
+            "samples": play.group_size,
+            **{name: getattr(play.sampling, name) for name in ("temperature", "seed")},
+            **{name: getattr(play.episodes, name) for name in ("format", "renderer", "thinking", "instructions")},
+            "limits": asdict(play.limits),
+            "reward": described_reward(play.reward),
+            "max_failed_fraction": play.max_failed_fraction,
+        },
+        suites=tuple(map(_suite, new.suites)),
+        systems=tuple(_system(new, each, overlap) for each in new.systems),
+        questions_sha256=questions_digest(questions_frame(asked)),
+    )
 
 
-OpenedStage = tuple[ServiceStage, Service | None]
-"""A stage and its service; None for an embedded service, which starts when its stage runs."""
+_PACKAGES = (
+    "searchr1_async", "tinker", "tinker_cookbook", "renderers", "transformers", "torch", "chromadb", "google-genai", "polars",
+)  # fmt: skip
 
 
-async def open_stages(
-    job: EvaluationJob, stages: Sequence[ServiceStage], stack: AsyncExitStack, emit: Emit
-) -> list[OpenedStage]:
-    """Connects to the services and checks models, prompts, weights and the judge. Writes nothing.
-
-    ``stack`` closes the services. Raises ConfigurationError or ServiceError if something is not available.
-    """
-    opened: list[OpenedStage] = []
-    for stage in stages:
-        if is_embedded(job.choice.service):
-            await _check_embedded(job, stage)
-            opened.append((stage, None))
+def of_session(manifest: Manifest, service: ServiceName) -> Manifest:
+    """A manifest with the date, package versions and service of this session."""
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
             continue
-        service = await stack.enter_async_context(opened_service(stage.choice, None, emit))
-        await _check_prompts(job, stage, service.model_name, service.tokenizer)
-        for weights in {each.weights.path: each.weights for each in stage.systems}.values():
-            await policy_of(service, weights, job.play.sampling)
-        if job.found_judge is not None:
-            await open_judge(job.found_judge, service)
-        opened.append((stage, service))
-    return opened
+    embedded = is_embedded(service)
+    found = {
+        "embedded": embedded,
+        "tinker": not embedded and is_tinker_cloud(service),
+        "host": urlsplit(service).hostname if isinstance(service, str) else None,
+    }
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return replace(manifest, created=created, versions=versions, service=found, notes=())
 
 
-async def _check_embedded(job: EvaluationJob, stage: ServiceStage) -> None:
-    choice = stage.choice
-    await check_service(choice.service, choice.model, choice.local)
-    model = choice.model or default_model(choice.service)
-    tokenizer = await load_embedded_tokenizer(model, choice.tokenizer)
-    await _check_prompts(job, stage, model, tokenizer)
-    if (found := job.found_judge) is None:
-        return
-    await anyio.to_thread.run_sync(select_renderer, model, tokenizer, found.judge.renderer)
-    if found.weights.service_folder not in (None, stage.folder):
-        raise ConfigurationError(
-            f"an embedded service has the weights of one folder: the one of {stage.systems[0].label!r} lacks the judge's, "
-            f"which are in {found.weights.service_folder}. Judge with the base model, or evaluate on a service that has both"
-        )
+def described_reward(reward: RewardFunction) -> dict[str, Any]:
+    """A custom reward may contain anything, even secrets: only its name is recorded."""
+    return {"kind": type(reward).__name__, **(asdict(reward) if isinstance(reward, RecipeReward) else {})}
 
 
-async def _check_prompts(job: EvaluationJob, stage: ServiceStage, model: str, tokenizer: Any) -> None:
-    for each in stage.systems:
-        settings = job.settings_of(each)
-        await anyio.to_thread.run_sync(check_prompt, each.label, model, tokenizer, settings, each.system.method)
+def _suite(suite: Suite) -> SuiteRecord:
+    # The same names as in questions.parquet.
+    name, ids = storable(suite.name), tuple(storable(question.id) for question in suite.questions)
+    return SuiteRecord(name, suite.source, suite.sha256, suite.total, suite.split, suite.limit, suite.seed, ids)
 
 
-async def settled(job: EvaluationJob, emit: Emit) -> EvaluationJob:
-    """The job with its default model resolved: from the session being resumed, else from the service.
+def _system(
+    new: NewEvaluation, each: FoundSystem, overlap: Callable[[Path | None], Mapping[str, int] | None]
+) -> SystemRecord:
+    system, weights, usual, search = each.system, each.weights, new.play.episodes, new.search
+    episodes, like = new.episodes_of(each), new.played_like(each)
+    prompt, digest = prompt_of(episodes, system.method)
+    words = (search.settings.max_passage_words or 0) if search else None
+    return SystemRecord(
+        label=each.label,
+        method=system.method,
+        model=new.model_of(each) or default_model(new.choice.service),
+        checkpoint=weights.path,
+        step=weights.step,
+        run=_folder(weights.run),
+        service_folder=_folder(system.service_folder),
+        format=episodes.format_name,
+        renderer=episodes.renderer,
+        thinking=_other(episodes.thinking, usual.thinking),
+        instructions=episodes.instructions,
+        prompt=prompt,
+        prompt_sha256=digest,
+        limits=None if system.limits is None and episodes.limits == usual.limits else asdict(episodes.limits),
+        n_results=_other(episodes.n_results, search.n_results if search else None),
+        max_passage_words=_other(episodes.max_passage_words, words),
+        like=None if like is None else _folder(like.run),
+        differences=_differences(new, each, episodes),
+        unrecorded=weights.trained.unrecorded if weights.trained else (),
+        overlap=overlap(weights.run) if weights.path is not None else None,  # the base model was not trained
+    )
 
-    Raises ServiceError, or ModelError if the service offers neither the default nor another model of its family.
-    """
-    earlier = None
-    if job.resume and job.out_dir is not None:
-        earlier = await anyio.to_thread.run_sync(Manifest.load, job.out_dir)
-    if earlier is not None and "thinking" not in earlier.settings and job.play.episodes.thinking is None:
-        # Started by an older version: keep the setting of its first episodes.
-        job = replace(job, play=replace(job.play, episodes=replace(job.play.episodes, thinking=AS_TEMPLATE)))
-    if earlier is not None and "follows_runs" not in earlier.settings:
-        job = replace(job, follows_runs=False)
-    unnamed = [each.label for each in job.systems if job.choice_of(each).model is None]
-    if not unnamed or is_embedded(job.choice.service):
-        return job
-    then = {record.label: record.model for record in earlier.systems} if earlier is not None else {}
-    model = then.get(unnamed[0])
-    if model is None:
-        model, note = await choose_service_model(job.choice.service, None)
-        if note is not None:
-            emit(Notice(note))
-    return replace(job, choice=replace(job.choice, model=model))
+
+def _differences(new: NewEvaluation, each: FoundSystem, episodes: EpisodeChoice) -> dict[str, Any] | None:
+    """Settings that differ from the run's training; None for baselines and systems that are not a run."""
+    trained, search = each.weights.trained, new.search
+    if trained is None or each.system.method != "search":
+        return None
+    found = trained.differences(episodes)
+    if search is not None and trained.search_fingerprint is not None:
+        # Compared with the training's passage settings, so that only the index itself counts here.
+        then = trained.episodes
+        if search.fingerprint_of(then.n_results, then.max_passage_words) != trained.search_fingerprint:
+            record = search.record()
+            found["search"] = [trained.search_source or "another", f"{record['source']}, {record['embedder']}"]
+    return msgspec.to_builtins(found)
+
+
+def _other(value: Any, usual: Any) -> Any:
+    return None if value == usual else value
+
+
+def _folder(path: object) -> str | None:
+    return None if path is None else str(path)
+
+
+def prompt_of(episodes: EpisodeChoice, method: Method) -> tuple[str, str]:
+    """The system prompt, and the SHA-256 of the prompt with the tool or the worked examples."""
+    if method == "recipe":
+        recipe = load_recipe_prompt()
+        prompt, extra = recipe.instructions, recipe.tool
+    else:
+        prompt = episodes.instructions or INSTRUCTIONS[episodes.format_name, method]
+        extra = [(asdict(asked), asdict(found)) for asked, found in EXAMPLES] if method in WITHOUT_TOOL else SEARCH_TOOL
+    return prompt, hashlib.sha256(json.dumps([prompt, extra], sort_keys=True).encode()).hexdigest()
+
+
+def _overlap(new: NewEvaluation, run: Path | None, asked: Sequence[Question]) -> Mapping[str, int] | None:
+    """Per suite, the number of questions seen in training; None if the training questions are unknown."""
+    trained = None if run is None else training_questions(run)
+    if trained is None and not new.training_questions:
+        return None
+    found = find_overlap([*(trained or ()), *new.training_questions], asked)
+    counts = Counter(found.select("suite", "question_id").unique()["suite"].to_list())
+    return {storable(suite.name): counts[suite.name] for suite in new.suites}

@@ -1,321 +1,349 @@
-"""The tables of a report, independent of the output format, with names of metrics and outcomes and number formatting. Pure."""
+"""The tables of a report and of the stages of a run, the episodes that a report links to, and its sections in any form. Pure."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+import msgspec
 import polars as pl
 
-from searchr1_async.evaluation.published import Beside
-from searchr1_async.evaluation.report_frames import SIGNIFICANT, ReportFrames
-from searchr1_async.records.scores import ALL_SUITES, MACRO, OUTCOMES
-from searchr1_async.runs.evaluation import Evaluation
-from searchr1_async.watch.viewer.markup import visible_text
+from searchr1_async.errors import ConfigurationError
+from searchr1_async.evaluation.episode_store import EpisodeKey
+from searchr1_async.evaluation.manifest import Manifest
+from searchr1_async.evaluation.report_frames import ReportFrames
+from searchr1_async.evaluation.report_notes import beside_published, notes_of
+from searchr1_async.evaluation.table_forms import (
+    FINISHED_OUTCOMES,
+    MISSING,
+    OUTCOME_WORDINGS,
+    SCORE_WORDINGS,
+    Cell,
+    Table,
+    interval,
+    metric_words,
+    number,
+    one_line,
+    p_value,
+    percent,
+    plain_table,
+    table_of,
+    table_of_rows,
+)
+from searchr1_async.records.scores import ALL_SUITES, COSTS, MACRO, OUTCOMES
+from searchr1_async.runs.evaluation import Evaluation, compare
+from searchr1_async.watch.markup import counted
 
-MISSING = "–"
+SIGNIFICANT = 0.05
 
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One cell. Its texts are untrusted: renderers escape them."""
-
-    text: str
-    detail: str = ""
-    """Secondary text in a smaller font: an interval, a count."""
-    mark: Literal["", "better", "worse"] = ""
-    """Marks a significant result."""
-    href: str | None = None
-    """Relative address, made by this package only."""
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """Rows of cells; the first cell of each row is its heading."""
-
-    headings: tuple[Cell, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    caption: str = ""
-
-
-def table_of(headings: Sequence[Cell | str], rows: Sequence[Sequence[Cell | str]], caption: str = "") -> Table:
-    """A table from cells or plain texts."""
-    return Table(tuple(map(_cell, headings)), tuple(tuple(map(_cell, row)) for row in rows), caption)
+Cells = Mapping[tuple[str, str], Cell]
+"""By row and column."""
 
 
-def _cell(value: Cell | str) -> Cell:
-    return value if isinstance(value, Cell) else Cell(value)
+def _grid(rows: Iterable[str], columns: Sequence[str], cells: Cells) -> list[list[Cell | str]]:
+    return [[row, *(cells.get((row, column), Cell(MISSING)) for column in columns)] for row in rows]
 
 
-def one_line(text: str, longest: int = 120) -> str:
-    """Untrusted text as one line without invisible characters, truncated to ``longest``."""
-    # Truncated first: scanning a long text for invisible characters is slow.
-    shown = visible_text(" ".join(text[: 4 * longest].split()))
-    return shown if len(shown) <= longest else f"{shown[: longest - 1]}…"
+def _estimated(mean: float | None, low: float | None, high: float | None) -> Cell:
+    return Cell(percent(mean), interval(low, high))
 
 
-def percent(value: float | None) -> str:
-    """``0.4123`` as ``41.2``; a dash if missing."""
-    return MISSING if _is_missing(value) else f"{100 * value:.1f}"  # type: ignore[operator]
-
-
-def points(value: float | None) -> str:
-    """A difference of shares, ``0.041`` as ``+4.1``; a dash if missing."""
-    return MISSING if _is_missing(value) else f"{100 * value:+.1f}"  # type: ignore[operator]
-
-
-def interval(low: float | None, high: float | None, *, signed: bool = False) -> str:
-    """``[36.9, 45.6]``; empty if missing."""
-    if _is_missing(low) or _is_missing(high):
-        return ""
-    shown = points if signed else percent
-    return f"[{shown(low)}, {shown(high)}]"
-
-
-def p_value(value: float | None) -> str:
-    """Two significant digits, never 0."""
-    if _is_missing(value):
-        return MISSING
-    return "< 0.0001" if value < 1e-4 else f"{value:.2g}"  # type: ignore[operator]
-
-
-def number(value: float | None, digits: int = 0) -> str:
-    """With thousands separators; a dash if missing."""
-    return MISSING if _is_missing(value) else f"{value:,.{digits}f}"
-
-
-def counted(count: int, noun: str) -> str:
-    """``1 question``, ``1,200 questions``."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
-def _is_missing(value: float | None) -> bool:
-    return value is None or math.isnan(value)
-
-
-METRIC_WORDS = {
-    "exact_match": "exact match",
-    "f1": "F1",
-    "cover_match": "cover match",
-    "format": "format",
-    "judged": "judged right",
-    "answer_in_passage": "answer seen",
-    "gold_recall": "gold passages seen",
-}
-
-METRIC_MEANINGS = {
-    "exact_match": "the answer equals a golden answer after SQuAD normalisation",
-    "f1": "token overlap with the best-matching golden answer",
-    "cover_match": "the answer contains a golden answer as whole words",
-    "format": "the answer could be parsed",
-    "judged": "a judge model accepts the answer",
-}
-
-OUTCOME_WORDS: dict[str, str] = {
-    "right_seen": "right, answer seen",
-    "right_unseen": "right, answer not seen",
-    "reading_failed": "reading failed",
-    "search_failed": "search failed",
-    "no_search": "wrong, no search",
-    "no_answer": "no answer",
-    "failed": "service failed",
-}
-
-OUTCOME_MEANINGS: dict[str, str] = {
-    "right_seen": "right, and a retrieved passage contains a golden answer",
-    "right_unseen": "right, but no retrieved passage contains a golden answer",
-    "reading_failed": "wrong, although a retrieved passage contains a golden answer",
-    "search_failed": "wrong; it searched, but no retrieved passage contains a golden answer",
-    "no_search": "wrong, without a valid search; for systems without search, every wrong answer",
-    "no_answer": "no parseable answer",
-    "failed": "a service failed: excluded from all scores",
-}
-
-
-def metric_words(metric: str) -> str:
-    """A metric's display name."""
-    return METRIC_WORDS.get(metric, metric.replace("_", " "))
+# --- the tables of a report -------------------------------------------------------------------------------------------
 
 
 def result_table(report: ReportFrames, metric: str = "exact_match") -> Table:
-    """Systems by suites: means in percent with 95 % intervals; the best is marked if significantly better than the next."""
-    best = report.best(metric)
-    rows = []
-    for label, evaluation in report.items():
-        cells = [Cell(label)]
-        for column in report.columns:
-            if column not in evaluation.suites and column not in (ALL_SUITES, MACRO):
-                cells.append(Cell(MISSING))
-                continue
-            mean, low, high = evaluation.estimate(metric, column)
-            cells.append(Cell(percent(mean), interval(low, high), mark="better" if best.get(column) == label else ""))
-        rows.append(cells)
-    caption = f"{metric_words(metric)[:1].upper() + metric_words(metric)[1:]} in percent, with 95 % intervals."
-    if best:
-        caption += " Marked: better than the next (p < 0.05, paired by question, Holm-adjusted over columns)."
-    return table_of([Cell("system"), *(_column(report, column) for column in report.columns)], rows, caption)
+    """Systems by suites: means in percent with 95 % intervals."""
+    cells = {(label, suite): _estimated(*own) for label, suite, *own in report.estimates(metric).iter_rows()}
+    words = metric_words(metric)
+    caption = f"{words[0].upper()}{words[1:]} in percent, with 95 % intervals."
+    if len(report.suites) > 1:
+        caption += f" “{ALL_SUITES}” weights all questions equally, “{MACRO}” all suites."
+    headings = [Cell(column, _asked(report, column)) for column in report.columns]
+    return table_of(["system", *headings], _grid(report, report.columns, cells), caption)
 
 
-def _column(report: ReportFrames, column: str) -> Cell:
+def _asked(report: ReportFrames, column: str) -> str:
+    """How many questions a column has; empty if that depends on the system."""
     if column == MACRO:
-        return Cell(column, f"{len(report.suites)} suites")
-    asked = [own for own in report.values() if column in own.suites or column == ALL_SUITES]
-    counts = {
-        own.questions if column == ALL_SUITES else own.by_question.filter(pl.col("suite") == column).height
-        for own in asked
-    }
-    return Cell(column, counted(counts.pop(), "question") if len(counts) == 1 else "")
+        return f"{len(report.suites)} suites"
+    asked = (
+        own.by_question if column == ALL_SUITES else own.by_question.filter(suite=column) for own in report.values()
+    )
+    counts = {own.height for own in asked} - {0}
+    return counted(counts.pop(), "question") if len(counts) == 1 else ""
 
 
 def metrics_table(report: ReportFrames) -> Table:
     """Systems by scores over all questions, plus pass@k if there are several samples."""
-    column = ALL_SUITES if len(report.suites) > 1 else next(iter(report.suites), ALL_SUITES)
-    most = min((own.samples_per_question for own in report.values()), default=0)
-    rows = []
-    for label, evaluation in report.items():
-        estimates = [evaluation.estimate(metric, column) for metric in report.metrics]
-        if most > 1:
-            estimates.append(evaluation.pass_at(most))
-        rows.append([label, *(Cell(percent(mean), interval(low, high)) for mean, low, high in estimates)])
-    headings = ["system", *map(metric_words, report.metrics), *([f"pass@{most}"] if most > 1 else [])]
+    most = min(own.samples_per_question for own in report.values())
+    passed = [f"pass@{most}"] if most > 1 else []
+    cells = {
+        (label, metric): _estimated(*own.estimate(metric)) for label, own in report.items() for metric in report.metrics
+    }
+    cells |= {(label, name): _estimated(*own.pass_at(most)) for label, own in report.items() for name in passed}
+    headings = ["system", *map(metric_words, report.metrics), *passed]
+    rows = _grid(report, [*report.metrics, *passed], cells)
     return table_of(headings, rows, "All scores over all questions, in percent, with 95 % intervals.")
 
 
 def comparison_table_of(frame: pl.DataFrame) -> Table:
-    """The table of :meth:`Report.comparisons`."""
+    """The table of :meth:`Report.comparisons`, at least one."""
     rows = []
     for row in frame.iter_rows(named=True):
         mark = "" if row["p_holm"] >= SIGNIFICANT else "better" if row["difference"] > 0 else "worse"
-        rows.append(
-            (
-                Cell(f"{row['before']} → {row['after']}"),
-                Cell(row["suite"]),
-                Cell(points(row["difference"]), interval(row["low"], row["high"], signed=True), mark),
-                Cell(p_value(row["p_value"])),
-                Cell(p_value(row["p_holm"])),
-                Cell(number(row["better"])),
-                Cell(number(row["worse"])),
-                Cell(number(row["questions"])),
-            )
-        )
-    headings = ["systems", "suite", "difference", "p", "p (Holm)", "better", "worse", "questions"]
-    caption = "Differences in points of exact match, paired by question, with 95 % intervals."
-    if any(row[2].mark for row in rows):
-        caption += " Marked: p (Holm) < 0.05."
-    return table_of(headings, rows, caption)
-
-
-def stage_table(evaluations: Sequence[Evaluation]) -> Table:
-    """Evaluations side by side, such as a run's stages; the column ``failed`` appears only if an episode failed."""
-    any_failed = any(evaluation.failed for evaluation in evaluations)
-    headings = ["stage", "questions", "exact match [95 %]", "F1", "turns/episode", "valid calls", "answer seen"]
-    rows: list[list[str]] = []
-    for own in evaluations:
-        low, high = own.exact_match_interval
-        samples = f" × {own.samples_per_question}" if own.samples_per_question > 1 else ""
-        cells = [
-            (own.exact_match, f"{own.exact_match:.1%} [{100 * low:.1f}, {100 * high:.1f}]"),
-            (own.f1, f"{own.f1:.3f}"),
-            (own.turns_per_episode, f"{own.turns_per_episode:.2f}"),
-            (own.valid_call_fraction, f"{own.valid_call_fraction:.1%}"),
-            (own.answer_in_passage, f"{own.answer_in_passage:.1%}"),
-        ]
-        shown = [MISSING if math.isnan(value) else text for value, text in cells]
-        rows.append([own.label, f"{own.questions}{samples}", *shown, *([str(own.failed)] if any_failed else [])])
-    return table_of([*headings, *(["failed"] if any_failed else [])], rows)
+        cells: dict[str, Cell | str] = {
+            "systems": f"{row['before']} → {row['after']}",
+            "suite": row["suite"],
+            "difference": Cell(percent(row["difference"], "+"), interval(row["low"], row["high"], "+"), mark),
+            "p": p_value(row["p_value"]),
+            "p (Holm)": p_value(row["p_holm"]),
+        }
+        rows.append(cells | {name: number(row[name]) for name in ("better", "worse", "questions")})
+    caption = (
+        "Differences in points of exact match, paired by question, with 95 % intervals. Holm adjusts p within each group of "
+        f"comparisons: over “{ALL_SUITES}”, over “{MACRO}”, and over single suites. Marked: p (Holm) < {SIGNIFICANT}."
+    )
+    return table_of_rows(rows, caption)
 
 
 def outcome_table(report: ReportFrames) -> Table:
     """Systems by outcomes over all suites: shares of finished episodes, and counts."""
-    frame = report.outcomes()
-    shown = [outcome for outcome in OUTCOMES if outcome != "failed"]
-    rows = []
-    for label, evaluation in report.items():
-        suite = ALL_SUITES if len(evaluation.suites) > 1 else next(iter(evaluation.suites), "")
-        own = frame.filter((pl.col("system") == label) & (pl.col("suite") == suite))
-        found = {row["outcome"]: row for row in own.iter_rows(named=True)}
-        cells = [
-            Cell(percent(found[o]["share"]), number(found[o]["episodes"])) if o in found else Cell(MISSING)
-            for o in shown
-        ]
-        rows.append([Cell(label), *cells, Cell(number(evaluation.failed))])
-    headings = ["system", *(OUTCOME_WORDS[outcome] for outcome in shown), "failed"]
+    cells = {
+        (row["system"], row["outcome"]): Cell(percent(row["share"]), number(row["episodes"]))
+        for row in overall_outcomes(report).iter_rows(named=True)
+    }
+    cells |= {(label, "failed"): Cell(number(own.failed)) for label, own in report.items()}
+    headings = ["system", *(OUTCOME_WORDINGS[name].words for name in FINISHED_OUTCOMES), "failed"]
+    rows = _grid(report, [*FINISHED_OUTCOMES, "failed"], cells)
     return table_of(headings, rows, "Outcomes: percent of the finished episodes, and their number.")
+
+
+def overall_outcomes(report: ReportFrames) -> pl.DataFrame:
+    """The rows of :meth:`Report.outcomes` over all suites of a system, which are its last."""
+    return report.outcomes().group_by("system", maintain_order=True).tail(len(OUTCOMES))
 
 
 def cost_table(report: ReportFrames) -> Table:
     """Systems by cost per question over all suites."""
+    forms = {name: ",.0f" if name.endswith("tokens") else ",.2f" for name in COSTS}
     rows = []
-    for label, own in report.costs().group_by("system", maintain_order=True):
-        row: Mapping[str, Any] = own.row(-1, named=True)  # the last row is over all suites
-        dollars = f"${row['dollars']:.2g}" if row["dollars"] else ""
-        rows.append(
-            (
-                Cell(str(label[0])),
-                *(Cell(number(row[name], 2)) for name in ("turns", "searches")),
-                Cell(number(row["prompt_tokens"]), f"{number(row['cached_prompt_tokens'])} cached"),
-                Cell(number(row["sampled_tokens"])),
-                *(Cell(number(row[name], 2)) for name in ("seconds", "sampling_seconds", "search_seconds")),
-                Cell(dollars or MISSING, row["cost"]),
-            )
-        )
-    headings = [
-        *(
-            "system",
-            "turns",
-            "searches",
-            "prompt tokens",
-            "sampled tokens",
-            "seconds",
-            "sampling seconds",
-            "search seconds",
-        ),
-        Cell("dollars", "total"),
-    ]
-    return table_of(
-        headings,
-        rows,
+    for row in report.costs().group_by("system", maintain_order=True).last().iter_rows(named=True):
+        dollars = Cell(f"${row['dollars']:.2g}" if row["dollars"] else MISSING, row["cost"])
+        rows.append([row["system"], *(number(row[name], form) for name, form in forms.items()), dollars])
+    caption = (
         "Cost per question over all its samples: means over finished questions. Prompt tokens are summed over turns. Seconds are "
-        "durations of single episodes, which ran concurrently.",
+        "durations of single episodes, which ran concurrently."
+    )
+    return table_of(["system", *(name.replace("_", " ") for name in COSTS), Cell("dollars", "total")], rows, caption)
+
+
+def published_table(frame: pl.DataFrame) -> Table:
+    """Our and published results by suite: the frame of :meth:`Report.beside`."""
+    cells = {(f"{row} ({kind})", suite): _estimated(*own) for row, kind, suite, *own, _ in frame.iter_rows()}
+    suites = frame["suite"].unique(maintain_order=True).to_list()
+    rows = _grid(dict.fromkeys(row for row, _ in cells), suites, cells)
+    return table_of(["row", *suites], rows, "Exact match in percent. Published rows have no intervals.")
+
+
+# --- evaluations side by side, such as the stages of a run ------------------------------------------------------------
+
+
+def stage_table(evaluations: Sequence[Evaluation]) -> Table:
+    """One row per evaluation, at least one."""
+    rows: list[dict[str, Cell | str]] = [
+        {
+            "stage": own.label,
+            "questions": f"{own.questions}"
+            + (f" × {own.samples_per_question}" if own.samples_per_question > 1 else ""),
+            "exact match [95 %]": Cell(number(own.exact_match, ".1%"), interval(*own.exact_match_interval)),
+            "F1": number(own.f1, ".3f"),
+            "turns/episode": number(own.turns_per_episode, ".2f"),
+            "valid calls": number(own.valid_call_fraction, ".1%"),
+            "answer seen": number(own.answer_in_passage, ".1%"),
+            "failed": str(own.failed),
+        }
+        for own in evaluations
+    ]
+    return table_of_rows(rows)
+
+
+def comparison_table(evaluations: Sequence[Evaluation]) -> str:
+    """Aligned plain text; the last line is the paired difference of the last two evaluations."""
+    if not evaluations:
+        return "no evaluations"
+    return plain_table(replace(stage_table(evaluations), caption=difference_line(evaluations)))
+
+
+def difference_line(evaluations: Sequence[Evaluation]) -> str:
+    """The paired difference of the last two evaluations as text; empty for fewer than two."""
+    if len(evaluations) < 2:
+        return ""
+    before, after = evaluations[-2:]
+    name = f"{before.label} → {after.label}"
+    try:
+        found = compare(before, after)
+    except ConfigurationError:
+        return f"{name}: not paired, because the questions differ"
+    return (
+        f"{name}: {percent(found.mean, '+')} points {interval(*found.interval, '+')}, p {p_value(found.p_value)} "
+        f"({found.method}); {found.improved} better and {found.worsened} worse of {found.questions} questions"
     )
 
 
-def flip_rows(flips: pl.DataFrame, links: Mapping[tuple[str, str, str], str] | None = None) -> Table:
-    """The table of flips; ``links`` are addresses by (suite, question, ``before`` or ``after``)."""
-    links = links or {}
+# --- the episodes that a report links to -------------------------------------------------------------------------------
+
+MAX_FLIPS = 50
+"""Changed questions listed per pair of systems and direction: with 5 systems, 800 episodes or 3 MB."""
+EPISODES_PER_OUTCOME = 4
+"""Episodes listed per system and outcome, spread over suites."""
+
+
+def _flips_part(before: str, after: str, flips: pl.DataFrame) -> Part:
+    """The questions; answers lead to their episode, with the other one beside it."""
     rows = []
-    for row in flips.iter_rows(named=True):
-        sides = [
-            Cell(
-                "no answer" if row[f"{side}_answer"] is None else row[f"{side}_answer"],
-                percent(row[side]) if 0 < row[side] < 1 else "",
-                href=links.get((row["suite"], row["question_id"], side)),
+    shown = flips.filter(pl.int_range(pl.len()).over("direction") < MAX_FLIPS)
+    for row in shown.iter_rows(named=True):
+        old, new = _key(row, before, row["before_sample"]), _key(row, after, row["after_sample"])
+        answers = {
+            side: Cell(
+                _answer(row[f"{side}_answer"]), percent(row[side]) if 0 < row[side] < 1 else "", episodes=episodes
             )
-            for side in ("before", "after")
-        ]
-        golden = Cell(" / ".join(row["golden_answers"] or [])[:200])
-        rows.append((Cell(row["question"]), Cell(row["suite"]), Cell(row["direction"]), *sides, golden))
-    return table_of(["question", "suite", "", "before", "after", "golden answers"], rows)
+            for side, episodes in (("before", (old, new)), ("after", (new, old)))
+        }
+        asked = {"question": row["question"], "suite": row["suite"], "": row["direction"]}
+        rows.append({**asked, **answers, "golden answers": _golden(row)})
+    title = f"{one_line(before, 60)} → {one_line(after, 60)}: {counted(flips.height, 'question')} changed"
+    title += f", {shown.height:,} shown" if shown.height < flips.height else ""
+    return Part(table_of_rows(rows, wraps=True), title=title)
 
 
-def published_table(found: Beside) -> Table:
-    """Our and published results by suite."""
-    suites = found.frame["suite"].unique(maintain_order=True).to_list()
-    rows = []
-    for (row, kind), own in found.frame.group_by("row", "kind", maintain_order=True):
-        cells = {each["suite"]: each for each in own.iter_rows(named=True)}
-        shown = [
-            Cell(percent(cells[suite]["exact_match"]), interval(cells[suite]["low"], cells[suite]["high"]))
-            if suite in cells
-            else Cell(MISSING)
-            for suite in suites
-        ]
-        rows.append([Cell(str(row)), Cell(str(kind)), *shown])
-    return table_of(["row", "", *suites], rows, "Exact match in percent. Published rows have no intervals.")
+def _outcomes_part(label: str, scores: pl.DataFrame) -> Part:
+    turn = pl.int_range(pl.len()).over("outcome", "suite")
+    spread = scores.sort(pl.col("outcome").cast(pl.Enum(OUTCOMES)), turn, maintain_order=True)
+    shown = spread.filter(pl.int_range(pl.len()).over("outcome") < EPISODES_PER_OUTCOME)
+    rows: list[dict[str, Cell | str]] = [
+        {
+            "question": Cell(row["question"], episodes=(_key(row, label, row["sample"]),)),
+            "suite": row["suite"],
+            "outcome": OUTCOME_WORDINGS[row["outcome"]].words,
+            "answer": _answer(row["answer"]),
+            "golden answers": _golden(row),
+        }
+        for row in shown.iter_rows(named=True)
+    ]
+    return Part(table_of_rows(rows, wraps=True), title=f"Episodes of {one_line(label, 60)}")
 
 
-def condition_table(found: Beside) -> Table:
-    """The conditions of each row, transposed to fit the page."""
-    return table_of(found.conditions.columns, [list(map(str, row)) for row in found.conditions.iter_rows()])
+def _key(row: Mapping[str, Any], label: str, sample: int) -> EpisodeKey:
+    return label, row["suite"], row["question_id"], sample
+
+
+def _answer(answer: str | None) -> str:
+    return "no answer" if answer is None else answer
+
+
+def _golden(row: Mapping[str, Any]) -> str:
+    return " / ".join(row["golden_answers"] or [])[:200]
+
+
+# --- the sections of a report ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A piece of a section."""
+
+    table: Table | None = None
+    notes: Sequence[str] = ()
+    text: str = ""
+    title: str = ""
+    """If not empty, the page shows the piece folded under it, and LaTeX lacks it."""
+    chart: str = ""
+    """Name of a chart, which only the page shows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    title: str
+    parts: list[Part]
+
+
+def linked_episodes(sections: Sequence[Section]) -> set[EpisodeKey]:
+    """The episodes that tables lead to."""
+    tables = [part.table for section in sections for part in section.parts if part.table is not None]
+    return {key for table in tables for row in table.rows for cell in row for key in cell.episodes}
+
+
+def sections_of(report: ReportFrames) -> list[Section]:
+    """The whole report."""
+    if not report:
+        return [Section("Results", [Part(text="This report has no systems.")])]
+    created = [] if report.manifest is None else [f"started {report.manifest.created}"]
+    facts = [counted(len(report), "system"), counted(len(report.suites), "suite"), *created]
+    notes = Part(notes=notes_of(report))
+    sections = [
+        Section(
+            "Exact match", [Part(result_table(report), text=" · ".join(facts)), Part(chart="exact_match.svg"), notes]
+        ),
+        Section("Differences", list(_differences(report))),
+        Section("All scores", list(_scores(report))),
+        Section("Outcomes", list(_outcomes(report))),
+        Section("Costs", [Part(cost_table(report))]),
+        Section("Beside published results", list(_published(report))),
+        Section("Reproduction", list(_recorded(report.manifest, report.store is not None)) if report.manifest else []),
+    ]
+    return [section for section in sections if section.parts]
+
+
+def _differences(report: ReportFrames) -> Iterator[Part]:
+    comparisons = report.comparisons()
+    if comparisons.height:
+        yield Part(comparison_table_of(comparisons))
+        yield from (_flips_part(*flips) for flips in report.all_flips() if flips[2].height)
+
+
+def _scores(report: ReportFrames) -> Iterator[Part]:
+    wordings = [SCORE_WORDINGS[metric] for metric in report.metrics]
+    yield Part(metrics_table(report), notes=[f"{each.words}: {each.meaning}" for each in wordings])
+    for metric in report.metrics[1:] if len(report.suites) > 1 else ():
+        yield Part(result_table(report, metric), title=f"{metric_words(metric)} by suite")
+
+
+def _outcomes(report: ReportFrames) -> Iterator[Part]:
+    yield Part(outcome_table(report))
+    yield Part(chart="outcomes.svg")
+    yield Part(notes=[f"{each.words}: {each.meaning}" for each in OUTCOME_WORDINGS.values()])
+    yield from (_outcomes_part(label, own.scores) for label, own in report.items() if own.scores.height)
+
+
+def _published(report: ReportFrames) -> Iterator[Part]:
+    found = beside_published(report)
+    if "published" in found.frame["kind"]:
+        yield Part(published_table(found.frame), notes=found.notes)
+        conditions = table_of(found.conditions.columns, found.conditions.iter_rows(), wraps=True)
+        yield Part(conditions, title="Conditions")
+
+
+def _recorded(manifest: Manifest, is_kept: bool) -> Iterator[Part]:
+    """What was measured: everything in the manifest but the questions' ids."""
+    if is_kept:
+        yield Part(
+            text="evaluate(folder) repeats this evaluation from manifest.json and questions.parquet beside this file."
+        )
+    values = msgspec.to_builtins(manifest)
+    for name, key in (("systems", "label"), ("suites", "name")):
+        for record in values.pop(name):
+            record.pop("question_ids", None)
+            table = table_of(["", ""], _flat(record), wraps=True)
+            yield Part(table, title=f"{name.capitalize()}: {one_line(record[key], 60)}")
+    yield Part(table_of(["", ""], _flat(values), wraps=True), title="Settings")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value, default=str)

@@ -1,6 +1,6 @@
 """``python -m searchr1_async.local``: the standalone embedded Tinker service, for any client of the protocol.
 
-:mod:`searchr1_async.local.process` runs this file as a child process, by its path.
+With ``--child`` it serves :mod:`searchr1_async.local.process`, its parent.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib
-import importlib.util
 import json
 import logging
 import os
@@ -20,46 +19,23 @@ import threading
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
-
-if __name__ == "__main__" and not __package__:
-    # Started by path: registers the package without executing its __init__, which imports the whole engine (seconds and
-    # 240 MB). It is executed on first attribute access.
-    _folder = Path(__file__).resolve().parent.parent
-    _spec = importlib.util.spec_from_file_location(
-        "searchr1_async", _folder / "__init__.py", submodule_search_locations=[str(_folder)]
-    )
-    assert _spec is not None
-    _package = importlib.util.module_from_spec(_spec)
-
-    def _run_and_get(name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        vars(_package).pop("__getattr__", None)
-        assert _spec is not None
-        assert _spec.loader is not None
-        _spec.loader.exec_module(_package)
-        return getattr(_package, name)
-
-    vars(_package)["__getattr__"] = _run_and_get
-    sys.modules["searchr1_async"] = _package
+from typing import Any
 
 from searchr1_async.boundary.paths import path_argument, raise_limit
-from searchr1_async.errors import ConfigurationError, ModelError, PortInUseError, SearchR1Error
+from searchr1_async.errors import ConfigurationError, SearchR1Error
 from searchr1_async.local.backend import Backend
 from searchr1_async.local.model_files import DEFAULT_MODEL
-from searchr1_async.local.process import listener_at
+from searchr1_async.local.process import CHILD_FLAG, REFUSALS, listener_at
 
 _FORCED_EXIT_SECONDS = 4.0
+_LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def main() -> int:
-    """Runs the service until SIGTERM or SIGINT."""
-    return _run_standalone(_parser().parse_args())
-
-
-def run_child() -> NoReturn:
-    """Runs the service for :mod:`searchr1_async.local.process` until the parent closes stdin or dies."""
+    """Runs the service until SIGTERM or SIGINT, or for a parent until that closes stdin or dies."""
+    arguments = _parser().parse_args()
+    if not arguments.child:
+        return _run_standalone(arguments)
     status = _serve_parent()
     logging.shutdown()
     sys.stderr.flush()
@@ -78,11 +54,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--scripted", metavar="MODULE:FUNCTION", help="reply from a function instead of a model")
+    parser.add_argument(CHILD_FLAG, action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
 def _run_standalone(arguments: argparse.Namespace) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT)
     given_key = os.environ.get("TINKER_API_KEY")
     api_key = given_key or f"tml-local-{secrets.token_hex(16)}"
     settings = vars(arguments) | {"api_key": api_key, "options": {}, "backend_options": {}}
@@ -92,11 +69,11 @@ def _run_standalone(arguments: argparse.Namespace) -> int:
         os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
 
     def ready(fields: Mapping[str, Any]) -> None:
-        shown = "the current value of $TINKER_API_KEY" if given_key else api_key
+        key = ": the current value of $TINKER_API_KEY" if given_key else f"={api_key}"
         print(f"Serving {fields['model_name']} at {fields['url']}")
         print("To use it from any tinker client:")
         print(f"  export TINKER_BASE_URL={fields['url']}")
-        print(f"  export TINKER_API_KEY={shown}" if not given_key else f"  TINKER_API_KEY: {shown}")
+        print(f"  {'' if given_key else 'export '}TINKER_API_KEY{key}")
         print("Press Ctrl-C to stop.", flush=True)
 
     try:
@@ -115,7 +92,7 @@ def _serve_parent() -> int:
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT)
     line = sys.stdin.buffer.readline()
     if not line:
         return 1
@@ -137,16 +114,10 @@ def _serve_parent() -> int:
         asyncio.run(run())
     except Exception as error:
         traceback.print_exc()
-        ready({"error": str(error) or type(error).__name__, "kind": _kind(error)})
+        kind = next((name for name, refusal in REFUSALS.items() if isinstance(error, refusal)), "other")
+        ready({"error": str(error) or type(error).__name__, "kind": kind})
         return 2
     return 0
-
-
-def _kind(error: Exception) -> str:
-    for kind, type in (("model", ModelError), ("port", PortInUseError), ("configuration", ConfigurationError)):
-        if isinstance(error, type):
-            return kind
-    return "other"
 
 
 def _watch_parent(parent: int, stop: Callable[[], object]) -> None:
@@ -223,7 +194,8 @@ def _load_backend(settings: Mapping[str, Any]) -> Backend:
 
 def _load_script(model: str, fields: Mapping[str, Any]) -> Backend:
     """Raises :class:`ConfigurationError` if the reply function cannot be found."""
-    from searchr1_async.local.scripted_backend import Latency, ScriptedBackend, TrainingTimes
+    from searchr1_async.local.process import Latency, TrainingTimes
+    from searchr1_async.local.scripted_backend import ScriptedBackend
 
     module, _, name = fields["reply"].partition(":")
     try:
@@ -244,6 +216,4 @@ def _load_script(model: str, fields: Mapping[str, Any]) -> Backend:
 
 
 if __name__ == "__main__":
-    if __package__:
-        sys.exit(main())
-    run_child()
+    sys.exit(main())

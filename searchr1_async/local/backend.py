@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -27,6 +27,8 @@ State = Mapping[str, NDArray[Any]]
 """Named arrays, stored as one safetensors file."""
 Thresholds = Mapping[str, float]
 
+MAX_SAMPLES = 1024
+"""Maximum ``num_samples`` per request."""
 RATIO_MASK = "sequence_ratio_mask"
 """gspo: non-zero where a token counts in its sequence's ratio."""
 STABLE_REINFORCE = "stable_reinforce"
@@ -42,7 +44,7 @@ class UserFault(Exception):
 
 @dataclass(frozen=True, slots=True)
 class LoraConfig:
-    """Tinker's ``lora_config``."""
+    """Tinker's ``lora_config``. Raises :class:`UserFault` for a rank out of range, or if it trains nothing."""
 
     rank: int = 32
     seed: int | None = None
@@ -50,10 +52,19 @@ class LoraConfig:
     train_mlp: bool = True
     train_attn: bool = True
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.rank <= 1024:
+            raise UserFault(f"lora_config.rank is {self.rank}; it must lie between 1 and 1024.")
+        if not (self.train_unembed or self.train_mlp or self.train_attn):
+            raise UserFault("lora_config trains nothing: set train_attn, train_mlp or train_unembed.")
+
 
 @dataclass(frozen=True, slots=True)
 class AdamParams:
-    """Tinker's ``adam_params``. ``grad_clip_norm`` is a global norm; 0 disables clipping."""
+    """Tinker's ``adam_params``. ``grad_clip_norm`` is a global norm; 0 disables clipping.
+
+    Raises :class:`UserFault` if one is out of range.
+    """
 
     learning_rate: float = 1e-4
     beta1: float = 0.9
@@ -62,10 +73,16 @@ class AdamParams:
     weight_decay: float = 0.0
     grad_clip_norm: float = 0.0
 
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            high = 1.0 if name in ("beta1", "beta2") else math.inf
+            if not 0.0 <= value < high:
+                raise UserFault(f"adam_params.{name} is {value}; it must lie in [0, {high:g}).")
+
 
 @dataclass(frozen=True, slots=True)
 class SampleRequest:
-    """One ``asample``: ``num_samples`` continuations of one prompt."""
+    """One ``asample``: ``num_samples`` continuations of one prompt. Raises :class:`UserFault` if a value is out of range."""
 
     prompt: Int32Array
     """Token ids, shape [P], P >= 1."""
@@ -84,6 +101,22 @@ class SampleRequest:
     prompt_logprobs: bool = False
     topk_prompt_logprobs: int = 0
     topk_sample_logprobs: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.prompt) < 1:
+            raise UserFault("The prompt is empty; give at least one token.")
+        if not 1 <= self.num_samples <= MAX_SAMPLES:
+            raise UserFault(f"num_samples is {self.num_samples}; it must be at least 1 and at most {MAX_SAMPLES}.")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise UserFault(f"max_tokens is {self.max_tokens}; it must be at least 1.")
+        if not 0.0 <= self.temperature < math.inf:
+            raise UserFault(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number.")
+        if not 0.0 < self.top_p <= 1.0:
+            raise UserFault(f"top_p is {self.top_p}; it must lie in (0, 1].")
+        if self.top_k < -1:
+            raise UserFault(f"top_k is {self.top_k}; it must be -1 (no limit) or a positive number.")
+        if min(self.topk_prompt_logprobs, self.topk_sample_logprobs) < 0:
+            raise UserFault("topk_prompt_logprobs and topk_sample_logprobs must be at least 0.")
 
 
 @dataclass(frozen=True, slots=True)

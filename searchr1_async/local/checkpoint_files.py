@@ -1,11 +1,9 @@
-"""Checkpoints on disk: ``<folder>/<run>/<kind>/<name>/`` with ``checkpoint.json`` and one safetensors file.
+"""What the service keeps on disk: checkpoints, and records of sessions and training runs.
 
-``checkpoint.json`` names its safetensors file and is replaced atomically once that file is synced to disk, which commits
-the checkpoint. A crash leaves the old or the new checkpoint, and at worst an orphaned safetensors file, removed at the
-next start. Clients use the paths ``tinker://RUN/weights/NAME`` (training state), ``tinker://RUN/sampler_weights/NAME`` or
-``tinker://RUN/external_weights/NAME`` (an adapter for download: :mod:`searchr1_async.local.listings`).
-
-All functions block on disk I/O; call them in a worker thread. The store is thread-safe.
+A checkpoint is a folder ``<folder>/<run>/<kind>/<name>/`` with ``checkpoint.json`` and one safetensors file. The JSON file
+names the other and is replaced atomically once that one is synced, which commits the checkpoint: a crash leaves the old or
+the new one, and at worst an orphaned file, removed at the next start. A record is a file ``<folder>/_records/<id>.json``,
+with dots for the id's colons. All functions of :class:`CheckpointStore`, which is thread-safe, block on disk I/O.
 """
 
 from __future__ import annotations
@@ -22,8 +20,9 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+import anyio.to_thread
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -42,6 +41,10 @@ _METADATA = "checkpoint.json"
 _SLACK_BYTES = 1 << 20
 _STALE_SECONDS = 600.0
 """An unfinished file older than this belongs to a dead process: writing one takes seconds."""
+FOLDER = "_records"
+"""Cannot clash with run folders, whose names start with a letter or digit."""
+DEFAULT_PROJECT = "local"
+"""The project of sessions that name none."""
 
 
 class NoSuchCheckpoint(UserFault):
@@ -253,7 +256,7 @@ class CheckpointStore:
             return Checkpoint(**{**fields, "id": id, "lora": LoraConfig(**fields["lora"])})
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, UserFault) as error:
             logger.warning("ignoring the corrupt checkpoint %s: %s", path.parent, error)
             return None
 
@@ -317,3 +320,96 @@ def _is_stale(file: Path, now: float) -> bool:
 
 def _bytes_needed(state: State) -> int:
     return sum(array.nbytes for array in state.values())
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """A training run. ``last_request_at`` is seconds since the epoch."""
+
+    id: str
+    base_model: str
+    lora_rank: int
+    last_request_at: float
+    user_metadata: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRecord:
+    """A session: one ``ServiceClient``. ``created_at`` is seconds since the epoch."""
+
+    id: str
+    created_at: float
+    user_metadata: Mapping[str, Any] | None = None
+    display_name: str | None = None
+    project_id: str = DEFAULT_PROJECT
+    run_ids: tuple[str, ...] = ()
+    samplers: Mapping[str, str | None] | None = None
+    """Sampler ids with their checkpoint path; None: the base model, or unsaved weights."""
+
+
+Record = RunRecord | SessionRecord
+
+
+class RecordStore:
+    """All records of a checkpoint folder, including those of earlier processes, in memory.
+
+    :meth:`note` and :meth:`flush` belong to one event loop; :meth:`read` blocks on disk I/O.
+    """
+
+    def __init__(self, checkpoints: Path) -> None:
+        self._folder = checkpoints / FOLDER
+        self.runs: dict[str, RunRecord] = {}
+        self.sessions: dict[str, SessionRecord] = {}
+        self._unwritten: dict[str, Record] = {}
+        self._writing = threading.Lock()
+        self._has_warned = False
+
+    def read(self) -> None:
+        """Reads the records of earlier processes. Corrupt files are logged and ignored."""
+        for path in self._folder.glob("*.json"):
+            try:
+                fields = json.loads(path.read_text())
+                kind = RunRecord if ":" in fields["id"] else SessionRecord
+                # Older versions kept more of a session.
+                known = {name: fields[name] for name in kind.__dataclass_fields__ if name in fields}
+                if "run_ids" in known:
+                    known["run_ids"] = tuple(known["run_ids"])
+                self._put(kind(**known))
+            except (OSError, ValueError, TypeError, KeyError) as error:
+                logger.warning("ignoring the corrupt record %s: %s", path, error)
+
+    def note(self, record: Record) -> None:
+        """Adds or replaces a record in memory; :meth:`flush` writes it."""
+        if self.runs.get(record.id, self.sessions.get(record.id)) != record:
+            self._put(record)
+            self._unwritten[record.id] = record
+
+    def _put(self, record: Record) -> None:
+        if isinstance(record, RunRecord):
+            self.runs[record.id] = record
+        else:
+            self.sessions[record.id] = record
+
+    async def flush(self) -> None:
+        """Writes changed records. Failures are logged once and retried at the next flush."""
+        if self._unwritten:
+            batch, self._unwritten = self._unwritten, {}
+            left = await anyio.to_thread.run_sync(self._write, batch)
+            self._unwritten = left | self._unwritten
+
+    def _write(self, batch: Mapping[str, Record]) -> dict[str, Record]:
+        left: dict[str, Record] = {}
+        with self._writing:
+            for id in batch:
+                # The current record: a later batch may have been written before this one.
+                record = self.runs.get(id) or self.sessions[id]
+                try:
+                    self._folder.mkdir(parents=True, exist_ok=True)
+                    write_atomically(self._folder / f"{id.replace(':', '.')}.json", json.dumps(asdict(record)).encode())
+                except OSError as error:
+                    # Warn once: the folder may be read-only, and nothing else depends on it.
+                    level = logging.DEBUG if self._has_warned else logging.WARNING
+                    logger.log(level, "cannot write the record of %s: %s", id, error)
+                    self._has_warned = True
+                    left[id] = record
+        return left

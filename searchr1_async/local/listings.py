@@ -13,7 +13,6 @@ import hmac
 import json
 import secrets
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -28,7 +27,15 @@ from safetensors.numpy import load_file
 
 from searchr1_async.errors import CheckpointError
 from searchr1_async.local.backend import Backend, LoraConfig, State, UserFault
-from searchr1_async.local.checkpoint_files import Checkpoint, CheckpointId, CheckpointStore, Kind
+from searchr1_async.local.checkpoint_files import (
+    Checkpoint,
+    CheckpointId,
+    CheckpointStore,
+    Kind,
+    RecordStore,
+    RunRecord,
+    SessionRecord,
+)
 from searchr1_async.local.model_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -38,9 +45,9 @@ from searchr1_async.local.model_files import (
     lora_parts,
     published_name,
 )
-from searchr1_async.local.protocol import Body, optional
-from searchr1_async.local.responses import SIGNED_ROUTE, NotFound, json_answer, page_of, result_of, texts, timestamp
-from searchr1_async.local.sessions import OWNER, RecordStore, RunRecord, Sessions
+from searchr1_async.local.protocol import Body, body_of, optional
+from searchr1_async.local.replies import API, SIGNED_ROUTE, Handler, NotFound, page_of, result_of, texts, timestamp
+from searchr1_async.local.sessions import Sessions
 from searchr1_async.local.trainable_models import Training, model_id
 
 URL_SECONDS = 3600
@@ -62,24 +69,24 @@ class External:
         self._records = records
         self._secret = secrets.token_bytes(32)
 
-    def add_routes(self, app: web.Application, prefix: str) -> None:
-        checkpoint = f"{prefix}/training_runs/{{run}}/checkpoints/external_weights/{{name}}"
-        app.router.add_get(f"{checkpoint}/external_weights_urls", self.list_urls)
-        self._signed = f"{prefix}/external_weights"
-        app.router.add_get(f"{self._signed}/{{run}}/{{name}}/{{file}}", self.download, name=SIGNED_ROUTE)
-        app.router.add_post(f"{prefix}/{IMPORT_ROUTE}", self.import_weights)
+    def routes(self) -> dict[str, Handler]:
+        return {
+            "GET training_runs/{run}/checkpoints/external_weights/{name}/external_weights_urls": self.list_urls,
+            f"GET {SIGNED_ROUTE}": self.download,
+            f"POST {IMPORT_ROUTE}": self.import_weights,
+        }
 
-    async def list_urls(self, request: web.Request) -> web.Response:
+    async def list_urls(self, request: web.Request) -> dict[str, Any]:
         """``external_weights_urls``: one signed URL per file, and their expiry time."""
         id = CheckpointId.of(request.match_info["run"], "external_weights", request.match_info["name"])
         await anyio.to_thread.run_sync(self._checkpoints.find, id, time.time())
         expires = int(time.time()) + URL_SECONDS
-        base = f"{request.scheme}://{request.host}{self._signed}/{quote(id.run, safe='')}/{id.name}"
-        urls = {
-            file: f"{base}/{file}?expires={expires}&signature={self._sign(id.run, id.name, file, expires)}"
-            for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
-        }
-        return json_answer(urls=urls, expires=timestamp(expires))
+        urls = {}
+        for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            path = SIGNED_ROUTE.format(run=quote(id.run, safe=""), name=id.name, file=file)
+            query = f"expires={expires}&signature={self._sign(id.run, id.name, file, expires)}"
+            urls[file] = f"{request.scheme}://{request.host}{API}/{path}?{query}"
+        return {"urls": urls, "expires": timestamp(expires)}
 
     async def download(self, request: web.Request) -> web.StreamResponse:
         """Serves one file of a checkpoint; 403 if the signature is wrong or expired."""
@@ -107,14 +114,14 @@ class External:
         message = "\n".join((run, name, file, str(expires)))
         return hmac.new(self._secret, message.encode("utf-8", "replace"), hashlib.sha256).hexdigest()
 
-    async def import_weights(self, request: web.Request) -> web.Response:
+    async def import_weights(self, request: web.Request) -> dict[str, Any]:
         """Imports an adapter from this machine as training weights without optimizer state.
 
         Request fields: ``folder``, and either ``tinker_path`` (a checkpoint in another embedded service's folder, imported
         under the same path) or ``name`` (the folder is a PEFT adapter). Base model, names and shapes are checked before
         anything is stored. The cloud service has no such route.
         """
-        body = Body.parse(await request.read())
+        body = await body_of(request)
         folder, now = Path(body.text("folder")), time.time()
         source = optional(body.fields, "tinker_path", str, "")
         if source:
@@ -146,7 +153,7 @@ class External:
         if run is not None:
             self._records.note(run)
             await self._records.flush()
-        return json_answer(path=id.path, lora_rank=checkpoint.lora.rank)
+        return {"path": id.path, "lora_rank": checkpoint.lora.rank}
 
 
 def _config_of(checkpoint: Checkpoint, path: Path) -> dict[str, Any]:
@@ -228,21 +235,22 @@ class Listings:
         self._checkpoints = checkpoints
         self._copies: dict[str, str] = {}
 
-    def add_routes(self, app: web.Application, prefix: str) -> None:
-        run = f"{prefix}/training_runs/{{run}}"
-        checkpoint = f"{run}/checkpoints/{{kind}}/{{name}}"
-        app.router.add_get(f"{prefix}/training_runs", self.list_runs)
-        app.router.add_get(run, self.get_run)
-        app.router.add_get(f"{run}/checkpoints", self.list_checkpoints_of_run)
-        app.router.add_get(f"{prefix}/checkpoints", self.list_checkpoints)
-        app.router.add_delete(checkpoint, self.delete_checkpoint)
-        app.router.add_put(f"{checkpoint}/ttl", self.set_ttl)
-        app.router.add_post(f"{checkpoint}/publish", functools.partial(self.publish, True))
-        app.router.add_delete(f"{checkpoint}/publish", functools.partial(self.publish, False))
-        app.router.add_post(f"{prefix}/weights_info", self.weights_info)
-        app.router.add_post(f"{prefix}/copy_weights", self.copy_weights)
+    def routes(self) -> dict[str, Handler]:
+        run, checkpoint = "training_runs/{run}", "training_runs/{run}/checkpoints/{kind}/{name}"
+        return {
+            "GET training_runs": self.list_runs,
+            f"GET {run}": self.get_run,
+            f"GET {run}/checkpoints": self.list_checkpoints_of_run,
+            "GET checkpoints": self.list_checkpoints,
+            f"DELETE {checkpoint}": self.delete_checkpoint,
+            f"PUT {checkpoint}/ttl": self.set_ttl,
+            f"POST {checkpoint}/publish": functools.partial(self.publish, True),
+            f"DELETE {checkpoint}/publish": functools.partial(self.publish, False),
+            "POST weights_info": self.weights_info,
+            "POST copy_weights": self.copy_weights,
+        }
 
-    async def list_runs(self, request: web.Request) -> web.Response:
+    async def list_runs(self, request: web.Request) -> dict[str, Any]:
         """One page of runs (of one project, with ``project_id``), most recently used first."""
         project = request.query.get("project_id")
         runs = [
@@ -251,47 +259,50 @@ class Listings:
             if project in (None, self._sessions.project_of(fields["training_run_id"].partition(":")[0]))
         ]
         page, cursor = page_of(request, runs)
-        return json_answer(training_runs=page, cursor=cursor)
+        return {"training_runs": page, "cursor": cursor}
 
-    async def get_run(self, request: web.Request) -> web.Response:
+    async def get_run(self, request: web.Request) -> dict[str, Any]:
         runs = await self._runs(request.match_info["run"])
         if not runs:
             raise NotFound(f"no training run {request.match_info['run']!r}")
-        return json_answer(**runs[0])
+        return runs[0]
 
-    async def list_checkpoints(self, request: web.Request) -> web.Response:
+    async def list_checkpoints(self, request: web.Request) -> dict[str, Any]:
         page, cursor = page_of(request, await self._newest_first(), limit=100)
-        return json_answer(checkpoints=page, cursor=cursor)
+        return {"checkpoints": page, "cursor": cursor}
 
-    async def list_checkpoints_of_run(self, request: web.Request) -> web.Response:
+    async def list_checkpoints_of_run(self, request: web.Request) -> dict[str, Any]:
         """All checkpoints of a run, newest first, without pagination."""
-        return json_answer(checkpoints=await self._newest_first(request.match_info["run"]))
+        return {"checkpoints": await self._newest_first(request.match_info["run"])}
 
-    async def delete_checkpoint(self, request: web.Request) -> web.Response:
+    async def delete_checkpoint(self, request: web.Request) -> None:
         await anyio.to_thread.run_sync(self._checkpoints.delete, _id(request), time.time())
-        return web.Response(status=204)
 
-    async def set_ttl(self, request: web.Request) -> web.Response:
+    async def set_ttl(self, request: web.Request) -> None:
         now = time.time()
-        expires_at = _expiry(Body.parse(await request.read()), now)
+        expires_at = _expiry(await body_of(request), now)
         await anyio.to_thread.run_sync(self._checkpoints.set_expiry, _id(request), expires_at, now)
-        return web.Response(status=204)
 
-    async def publish(self, public: bool, request: web.Request) -> web.Response:
+    async def publish(self, public: bool, request: web.Request) -> None:
         """Publishes or unpublishes. Idempotent: the SDK would retry a 409 for five minutes."""
         await anyio.to_thread.run_sync(self._checkpoints.set_public, _id(request), public, time.time())
-        return web.Response(status=204)
 
-    async def weights_info(self, request: web.Request) -> web.Response:
-        id = CheckpointId.parse(Body.parse(await request.read()).text("tinker_path"))
+    async def weights_info(self, request: web.Request) -> dict[str, Any]:
+        id = CheckpointId.parse((await body_of(request)).text("tinker_path"))
         checkpoint = await anyio.to_thread.run_sync(self._checkpoints.find, id, time.time())
-        return json_answer(
-            base_model=checkpoint.base_model, is_lora=True, lora_rank=checkpoint.lora.rank, **_parts(checkpoint)
-        )
+        lora = checkpoint.lora
+        return {
+            "base_model": checkpoint.base_model,
+            "is_lora": True,
+            "lora_rank": lora.rank,
+            "train_unembed": lora.train_unembed,
+            "train_mlp": lora.train_mlp,
+            "train_attn": lora.train_attn,
+        }
 
-    async def copy_weights(self, request: web.Request) -> web.Response:
+    async def copy_weights(self, request: web.Request) -> dict[str, Any]:
         """Copies a checkpoint into its own, already ended session. Idempotent by ``X-Idempotency-Key``."""
-        body, now = Body.parse(await request.read()), time.time()
+        body, now = await body_of(request), time.time()
         source, project = CheckpointId.parse(body.text("source_path")), body.text("destination_project_id")
         key = request.headers.get("X-Idempotency-Key") or secrets.token_hex(8)
         if key not in self._copies:
@@ -299,11 +310,12 @@ class Listings:
             session = secrets.token_hex(8)
             to = replace(source, run=model_id(session, 0))
             copied = await anyio.to_thread.run_sync(self._checkpoints.copy, source, to, expires_at, now)
-            self._sessions.add_ended(session, f"copy of {source.path}"[:200], project, to.run)
+            name = f"copy of {source.path}"[:200]
+            self._records.note(SessionRecord(session, now, None, name, project, (to.run,)))
             self._records.note(RunRecord(to.run, copied.base_model, copied.lora.rank, now, copied.user_metadata))
             await self._records.flush()
             self._copies[key] = to.path
-        return json_answer(tinker_path=self._copies[key])
+        return {"tinker_path": self._copies[key]}
 
     async def _newest_first(self, run: str | None = None) -> list[dict[str, Any]]:
         return [_fields(checkpoint) for checkpoint in reversed(await self._listing(run))]
@@ -333,7 +345,7 @@ def _run(record: RunRecord) -> dict[str, Any]:
     return {
         "training_run_id": record.id,
         "base_model": record.base_model,
-        "model_owner": OWNER,
+        "model_owner": "local",
         "is_lora": True,
         "lora_rank": record.lora_rank,
         "last_request_time": timestamp(record.last_request_at),
@@ -362,11 +374,6 @@ def _expiry(body: Body, now: float) -> float | None:
     if not _SHORTEST_TTL <= ttl <= _LONGEST_TTL:
         raise UserFault(f"ttl_seconds: must be between {_SHORTEST_TTL} (an hour) and ten years, got {ttl}")
     return now + ttl
-
-
-def _parts(checkpoint: Checkpoint) -> Mapping[str, bool]:
-    lora = checkpoint.lora
-    return {"train_unembed": lora.train_unembed, "train_mlp": lora.train_mlp, "train_attn": lora.train_attn}
 
 
 def _id(request: web.Request) -> CheckpointId:

@@ -5,7 +5,6 @@ Each operation has the cheapest backward pass that frozen weights allow.
 
 from __future__ import annotations
 
-import logging
 import math
 import secrets
 from collections.abc import Mapping, Sequence
@@ -20,13 +19,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from searchr1_async.local.backend import LoraConfig, UserFault
+from searchr1_async.local.compat import PACKED_ROWS, packed_linear
 from searchr1_async.local.model_files import LORA_ALPHA, matrix_name
 
-logger = logging.getLogger(__name__)
-
 _MEAN, _SQUARE, _STEP = "optimizer.mean.", "optimizer.square.", "optimizer.step"
-_PACKED_ROWS = 256
-"""oneDNN's packed layout is used for 2 to this many rows: measured at 1.5 times MKL's speed with 32 rows, slower with 1,040."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +53,11 @@ class LoraLayout:
     """
 
     def __init__(self, sites: Sequence[LoraSite], config: LoraConfig) -> None:
-        if not 1 <= config.rank <= 1024:
-            raise UserFault(f"lora_config.rank is {config.rank}; it must lie between 1 and 1024.")
         switched = {"attn": config.train_attn, "mlp": config.train_mlp, "unembed": config.train_unembed}
         self.config = config
         self.sites = tuple(site for site in sites if switched[site.kind])
         if not self.sites:
-            raise UserFault("lora_config trains nothing: set train_attn, train_mlp or train_unembed.")
+            raise UserFault("lora_config trains nothing that this model has.")
         self.scale = LORA_ALPHA / config.rank
         self.names: dict[str, tuple[int, tuple[int, int]]] = {}
         """PEFT matrix name to offset and shape. A site's A's are adjacent, in the order of its parts."""
@@ -212,21 +206,6 @@ def _leaf(view: Tensor, gradient: Tensor) -> Tensor:
     return leaf
 
 
-def onednn_available() -> bool:
-    """Whether oneDNN's prepacked linear exists and agrees with ``F.linear`` on random numbers."""
-    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
-        return False
-    try:
-        generator = torch.Generator().manual_seed(0)
-        weight, x = torch.randn(48, 32, generator=generator), torch.randn(5, 32, generator=generator)
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_ROWS)
-        y = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-    except (AttributeError, RuntimeError, NotImplementedError):
-        logger.info("oneDNN's prepacked linear is not available; using torch's")
-        return False
-    return torch.allclose(y, functional.linear(x, weight), atol=1e-4)
-
-
 class FrozenLinear:
     """``x Wᵀ + b`` with frozen weights, optionally with a second copy in oneDNN's packed layout.
 
@@ -237,7 +216,7 @@ class FrozenLinear:
         """``weight`` [out, in], ``bias`` [out]; ``packed`` uses oneDNN (float32 on a CPU only)."""
         self.weight = weight
         self.bias = bias
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_ROWS) if packed else None
+        self._packed = packed_linear(weight) if packed else None
 
     @property
     def out_features(self) -> int:
@@ -249,9 +228,9 @@ class FrozenLinear:
 
     def forward(self, x: Tensor) -> Tensor:
         """[rows, in] to [rows, out]."""
-        if self._packed is None or not 1 < len(x) <= _PACKED_ROWS:
+        if self._packed is None or not 1 < len(x) <= PACKED_ROWS:
             return functional.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), self._packed, self.bias, "none", [], "")
+        return self._packed(x.contiguous(), self.bias)
 
     def backward(self, dy: Tensor) -> Tensor:
         """The input gradient ``dy W``: [rows, out] to [rows, in]."""

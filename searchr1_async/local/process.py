@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
+import random
 import secrets
 import socket
 import subprocess
@@ -30,11 +32,12 @@ from searchr1_async.local.model_files import DEFAULT_MODEL
 
 logger = logging.getLogger(__name__)
 
-_CHILD = Path(__file__).with_name("__main__.py")
+CHILD_FLAG = "--child"
+REFUSALS = {"model": ModelError, "port": PortInUseError, "configuration": ConfigurationError}
+"""Errors that the child reports by name."""
 _HOST = "127.0.0.1"
 _STOP_SECONDS = 5.0
 _LOG_LINES = 20
-_REFUSALS = {"model": ModelError, "port": PortInUseError, "configuration": ConfigurationError}
 
 
 @dataclass(frozen=True)
@@ -51,21 +54,96 @@ class LocalService:
 
 
 @dataclass(frozen=True, slots=True)
-class Scripted:
-    """A reply function instead of a model: see :class:`~searchr1_async.local.scripted_backend.ScriptedBackend`.
+class Latency:
+    """Latency of one sample: ``max(floor, prompt * prefill + tokens * decode) * lognormal(jitter)`` seconds.
 
-    ``latency`` and ``training`` are the fields of ``Latency`` and ``TrainingTimes``.
+    Drawn per continuation; a request takes as long as its slowest one.
     """
+
+    prefill: float = 0.0
+    """Seconds per prompt token."""
+    decode: float = 0.0
+    """Seconds per new token."""
+    floor: float = 0.0
+    """Minimum seconds, before jitter."""
+    jitter: float = 0.0
+    """Sigma of the lognormal factor; its median is 1."""
+
+    def draw(self, prompt_tokens: int, new_tokens: int, chance: random.Random) -> float:
+        seconds = max(self.floor, prompt_tokens * self.prefill + new_tokens * self.decode)
+        return seconds * math.exp(chance.gauss(0.0, self.jitter)) if self.jitter else seconds
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingTimes:
+    """Durations in seconds on the training device, which runs one call at a time."""
+
+    per_token: float = 0.0
+    """Forward and backward of one token; forward alone takes a third."""
+    optim_step: float = 0.0
+    save: float = 0.0
+    """Export or snapshot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scripted:
+    """A reply function instead of a model: see :class:`~searchr1_async.local.scripted_backend.ScriptedBackend`."""
 
     reply: str
     """``package.module:function``, importable in the child."""
     latency: Mapping[str, float] = field(default_factory=dict)
+    """Fields of :class:`Latency`."""
     training: Mapping[str, float] = field(default_factory=dict)
+    """Fields of :class:`TrainingTimes`."""
     max_concurrent: int = 1 << 20
     seed: int = 0
     tokenizer_path: str = ""
     latency_log: str | None = None
-    """File to which all requests and their latencies are written as JSON Lines when the service ends."""
+    """File to which all requests are written as JSON Lines of :class:`Served` when the service ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class TimedReply:
+    """A script's reply with an explicit latency and a label for the log."""
+
+    content: list[int] | str
+    """New tokens, or text."""
+    seconds: float | None = None
+    """None draws it from the latency model."""
+    label: str = ""
+    """Only written to the log."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServedSequence:
+    label: str
+    seconds: float
+    """Its own latency; the request takes as long as its slowest sequence."""
+    tokens: int
+    """New tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A request of the log."""
+
+    kind: str
+    """``sample``, ``forward_backward``, ``forward``, ``optim_step``, ``snapshot`` (weights for sampling), ``export``
+    (a checkpoint), ``import`` or ``create``."""
+    began: float
+    """Start, in :func:`time.monotonic` seconds (shared by all processes of a machine on Linux)."""
+    seconds: float
+    version: int
+    """Optimizer steps of the weights sampled from or saved, or of those before the training call."""
+    tokens: int = 0
+    """Prompt tokens, or tokens of all examples."""
+    examples: int = 0
+    sequences: tuple[ServedSequence, ...] = ()
+
+    @property
+    def ended(self) -> float:
+        """When its result was ready, unless cancelled."""
+        return self.began + self.seconds
 
 
 @asynccontextmanager
@@ -91,7 +169,6 @@ async def local_service(
         folder: keeps the checkpoints, across processes.
         port: 0 picks a free one.
         threads: the model's compute threads; None: all processors.
-        scripted: replaces the model by a reply function.
         start_timeout: seconds.
         log_path: the child's log; default ``<folder>/service.log``.
         options: fields of :class:`~searchr1_async.local.server.ServiceOptions`.
@@ -99,38 +176,39 @@ async def local_service(
         notify: receives a message if the start takes over 5 seconds.
 
     Raises:
-        ModelError: unknown model.
-        PortInUseError: the port is taken.
-        ConfigurationError: another setting is invalid.
+        ModelError, PortInUseError, ConfigurationError: a setting is invalid.
         ServiceStartError: the service did not start within ``start_timeout``.
         ServiceError: in an exception group, if the service dies later.
     """
     if threads is not None and threads < 1:
         raise ConfigurationError(f"threads: must be at least 1, got {threads}")
-    log_path = log_path or folder / "service.log"
-    api_key = f"tml-local-{secrets.token_hex(16)}"
     settings = {
-        "api_key": api_key,
-        "parent": os.getpid(),
         "model": model,
         "folder": str(folder),
         "port": port,
         "threads": threads,
         "dtype": dtype,
         "device": device,
-        "scripted": None if scripted is None else asdict(scripted),
-        "options": dict(options or {}),
-        "backend_options": dict(backend_options or {}),
     }
-    async with _child(log_path, threads) as process:
+    settings["scripted"] = None if scripted is None else asdict(scripted)
+    settings |= {"options": dict(options or {}), "backend_options": dict(backend_options or {})}
+    async with _started(settings, log_path or folder / "service.log", start_timeout, notify) as service:
+        yield service
+
+
+@asynccontextmanager
+async def _started(
+    settings: dict[str, Any], log_path: Path, start_timeout: float, notify: Notify
+) -> AsyncIterator[LocalService]:
+    api_key = f"tml-local-{secrets.token_hex(16)}"
+    settings |= {"api_key": api_key, "parent": os.getpid()}
+    async with _child(log_path, settings["threads"]) as process:
         try:
-            with bounded_wait(f"the embedded service is loading {model}", notify, start_timeout):
-                ready = await _handshake(process, settings)
+            with bounded_wait(f"the embedded service is loading {settings['model']}", notify, start_timeout):
+                ready = await _handshake(process, settings, log_path)
         except TimeoutError:
-            raise ServiceStartError(
-                f"the embedded service did not start within {start_timeout:g} s; {_tail(log_path)}"
-            ) from None
-        _check_ready(ready, log_path)
+            limit = f"within {start_timeout:g} s"
+            raise ServiceStartError(f"the embedded service did not start {limit}; {_tail(log_path)}") from None
         logger.info("the embedded service is serving %s at %s (pid %d)", ready["model_name"], ready["url"], process.pid)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_raise_when_ended, process, log_path)
@@ -147,13 +225,15 @@ async def _raise_when_ended(process: Process, log_path: Path) -> None:
 @asynccontextmanager
 async def _child(log_path: Path, threads: int | None) -> AsyncIterator[Process]:
     """The child process; always ended when the block exits."""
+    package = str(Path(__file__).parents[2])
+    path = [entry for entry in sys.path if entry and isinstance(entry, str)]  # imports ignore a Path in it
     environment = {
         **os.environ,
         # Waiting threads must not spin: the engine needs the CPU.
         "OMP_WAIT_POLICY": "passive",
         "OMP_NUM_THREADS": str(threads or os.cpu_count() or 1),
         "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
+        "PYTHONPATH": os.pathsep.join(path if package in path else [package, *path]),
     }
     try:
         log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,8 +242,8 @@ async def _child(log_path: Path, threads: int | None) -> AsyncIterator[Process]:
         raise ServiceStartError(f"cannot write the service's log {log_path}: {error}") from error
     with log:
         process = await anyio.open_process(
-            # -P keeps the file's own folder, with its common module names, off sys.path.
-            [sys.executable, "-P", str(_CHILD)],
+            # -P: sys.path is the parent's, without the current folder.
+            [sys.executable, "-P", "-m", "searchr1_async.local", CHILD_FLAG],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -193,33 +273,25 @@ async def _stop(process: Process) -> None:
     await process.aclose()
 
 
-async def _handshake(process: Process, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Sends the settings; returns the child's ready line, empty if it exited without one."""
+async def _handshake(process: Process, settings: Mapping[str, Any], log_path: Path) -> Mapping[str, Any]:
+    """Sends the settings; returns the child's ready line, or raises what the child could not start for."""
     assert process.stdin is not None
     assert process.stdout is not None
     with contextlib.suppress(anyio.BrokenResourceError):
         await process.stdin.send(json.dumps(settings).encode() + b"\n")
     received = b""
-    while b"\n" not in received:
-        try:
-            received += await process.stdout.receive()
-        except (anyio.EndOfStream, anyio.BrokenResourceError):
-            return {}
     try:
-        return json.loads(received.partition(b"\n")[0])
-    except ValueError:
-        return {}
-
-
-def _check_ready(ready: Mapping[str, Any], log_path: Path) -> None:
-    """Raises what the child could not start for."""
-    if not ready:
-        raise ServiceStartError(f"the embedded service exited during startup; {_tail(log_path)}")
-    if "error" in ready:
-        refusal = _REFUSALS.get(ready.get("kind", ""))
-        if refusal is not None:
-            raise refusal(ready["error"])
-        raise ServiceStartError(f"the embedded service could not start: {ready['error']}; {_tail(log_path)}")
+        while b"\n" not in received:
+            received += await process.stdout.receive()
+        ready = json.loads(received.partition(b"\n")[0])
+    except (anyio.EndOfStream, anyio.BrokenResourceError, ValueError):
+        raise ServiceStartError(f"the embedded service exited during startup; {_tail(log_path)}") from None
+    if "error" not in ready:
+        return ready
+    refusal = REFUSALS.get(ready.get("kind", ""))
+    if refusal is not None:
+        raise refusal(ready["error"])
+    raise ServiceStartError(f"the embedded service could not start: {ready['error']}; {_tail(log_path)}")
 
 
 def _tail(log_path: Path) -> str:

@@ -1,26 +1,22 @@
 """Conversion between wire messages and :mod:`searchr1_async.local.backend`'s types. Pure functions.
 
-:class:`MalformedRequest` means that a body cannot be parsed; it is answered with 400 or 422 immediately.
+:class:`~searchr1_async.local.replies.MalformedRequest`: a body cannot be parsed; it is answered with 400 or 422 immediately.
 :class:`~searchr1_async.local.backend.UserFault` means a well-formed but invalid request; it is accepted and fails in its
 future, so that a model's request sequence has no gap.
 
-Protobuf messages are those of ``tinker.proto.tinker_public_pb2``, loaded from its file unless ``tinker`` is already imported:
-``import tinker`` imports torch, which takes seconds and which a scripted service does not need. Loading it twice is safe:
-protobuf keeps one class per message. Arrays are little-endian.
+Protobuf messages are those of ``tinker.proto.tinker_public_pb2``; their arrays are little-endian.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+from aiohttp import web
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
@@ -35,33 +31,18 @@ from searchr1_async.local.backend import (
     SampleResult,
     UserFault,
 )
-from searchr1_async.local.promises import Reply
+from searchr1_async.local.compat import tinker_messages
 from searchr1_async.local.provenance import Provenance, Span
+from searchr1_async.local.replies import MalformedRequest, Reply
 
 if TYPE_CHECKING:
     from tinker.proto import tinker_public_pb2 as pb
 else:
-
-    def _messages() -> Any:
-        package = None if "tinker" in sys.modules else importlib.util.find_spec("tinker")
-        for folder in (package and package.submodule_search_locations) or ():
-            file = Path(folder) / "proto" / "tinker_public_pb2.py"
-            spec = importlib.util.spec_from_file_location("searchr1_async.local._tinker_public_pb2", file)
-            if file.is_file() and spec is not None and spec.loader is not None:
-                module = importlib.util.module_from_spec(spec)
-                spec.loader.exec_module(module)
-                return module
-        from tinker.proto import tinker_public_pb2
-
-        return tinker_public_pb2
-
-    pb = _messages()
+    pb = tinker_messages()
 
 PROTOBUF = "application/x-protobuf"
 EMPTY_LOGPROB = -99999.0
 """Fills empty cells of a top-k matrix, with token 0 (``tinker.types.topk_logprobs``)."""
-MAX_SAMPLES = 1024
-"""Maximum ``num_samples`` per request."""
 
 _NUMPY_OF_DTYPE: dict[int, np.dtype[Any]] = {
     pb.DTYPE_FLOAT32: np.dtype("<f4"),
@@ -70,14 +51,6 @@ _NUMPY_OF_DTYPE: dict[int, np.dtype[Any]] = {
     pb.DTYPE_BFLOAT16: np.dtype("<u2"),
 }
 _Value = TypeVar("_Value")
-
-
-class MalformedRequest(Exception):
-    """An unparseable body; ``status`` is 400 (not JSON or protobuf) or 422 (a field is missing or invalid)."""
-
-    def __init__(self, detail: str, status: int = 422) -> None:
-        super().__init__(detail)
-        self.status = status
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +92,11 @@ class Body:
         return value
 
 
+async def body_of(request: web.Request) -> Body:
+    """Raises :class:`MalformedRequest` for anything but a JSON object."""
+    return Body.parse(await request.read())
+
+
 def optional(fields: Mapping[str, Any], name: str, kind: type[_Value], default: _Value) -> _Value:
     """A field of an accepted request. Raises :class:`UserFault` if its type is wrong."""
     value: Any = fields.get(name)
@@ -137,21 +115,16 @@ def decode_lora(fields: Mapping[str, Any]) -> LoraConfig:
     """``create_model``'s ``lora_config``. Raises :class:`UserFault`."""
     lora = optional(fields, "lora_config", dict, {})
     check_optimizer(fields)
-    default = LoraConfig()
-    rank = optional(lora, "rank", int, default.rank)
-    if not 1 <= rank <= 1024:
-        raise UserFault(f"lora_config.rank: must be between 1 and 1024, got {rank}")
-    seed = lora.get("seed")
-    config = LoraConfig(
-        rank=rank,
-        seed=None if seed is None else optional(lora, "seed", int, 0),
-        train_unembed=optional(lora, "train_unembed", bool, default.train_unembed),
-        train_mlp=optional(lora, "train_mlp", bool, default.train_mlp),
-        train_attn=optional(lora, "train_attn", bool, default.train_attn),
-    )
-    if not (config.train_unembed or config.train_mlp or config.train_attn):
-        raise UserFault("lora_config: at least one of train_mlp, train_attn and train_unembed must be true")
-    return config
+    optional(lora, "seed", int, 0)  # None by default, so that its type is checked here
+    return LoraConfig(**_read(LoraConfig(), lora))
+
+
+def _read(defaults: LoraConfig | AdamParams, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a dataclass's fields: those given, which must have the default's type, and its defaults."""
+    return {
+        name: fields.get(name) if default is None else optional(fields, name, type(default), default)
+        for name, default in asdict(defaults).items()
+    }
 
 
 def check_optimizer(fields: Mapping[str, Any]) -> None:
@@ -167,14 +140,7 @@ def decode_adam(fields: Mapping[str, Any]) -> AdamParams:
     kind = other.get("type", "adamw") if isinstance(other, dict) else other
     if kind not in ("adam", "adamw"):
         raise UserFault(f"optimizer_params: the embedded service supports only adamw, not {kind!r}")
-    given = optional(fields, "adam_params", dict, other)
-    default = AdamParams()
-    names = ("learning_rate", "beta1", "beta2", "eps", "weight_decay", "grad_clip_norm")
-    values = {name: optional(given, name, float, getattr(default, name)) for name in names}
-    for name, value in values.items():
-        if value < 0 or (name.startswith("beta") and value >= 1):
-            raise UserFault(f"{name}: out of range: {value}")
-    return AdamParams(**values)
+    return AdamParams(**_read(AdamParams(), optional(fields, "adam_params", dict, other)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,39 +162,27 @@ def decode_sample(fields: Mapping[str, Any]) -> SampleCall:
     params = optional(fields, "sampling_params", dict, {})
     stop_tokens, stop_strings = _decode_stop(params.get("stop"))
     prompt = decode_prompt(optional(fields, "prompt", dict, {}))
-    num_samples = _at_least(optional(fields, "num_samples", int, 1), 1, "num_samples")
-    if num_samples > MAX_SAMPLES:
-        raise UserFault(f"num_samples: at most {MAX_SAMPLES}, got {num_samples}")
     max_tokens, seed = params.get("max_tokens"), params.get("seed")
-    top_p = optional(params, "top_p", float, 1.0)
-    if not 0 < top_p <= 1:
-        raise UserFault(f"top_p: must be above 0 and at most 1, got {top_p}")
     last_n = fields.get("prompt_logprobs_last_n")
     wants_logprobs = optional(fields, "prompt_logprobs", bool, False)
     if last_n is not None and not (wants_logprobs and optional(fields, "prompt_logprobs_last_n", int, 0) >= 1):
         raise UserFault("prompt_logprobs_last_n: must be at least 1, and prompt_logprobs true")
     request = SampleRequest(
         prompt=prompt,
-        num_samples=num_samples,
-        max_tokens=None if max_tokens is None else _at_least(optional(params, "max_tokens", int, 1), 1, "max_tokens"),
-        temperature=_at_least(optional(params, "temperature", float, 1.0), 0, "temperature"),
+        num_samples=optional(fields, "num_samples", int, 1),
+        max_tokens=None if max_tokens is None else optional(params, "max_tokens", int, 1),
+        temperature=optional(params, "temperature", float, 1.0),
         # Some clients send 0 for "all tokens", as transformers does.
         top_k=optional(params, "top_k", int, -1) or -1,
-        top_p=top_p,
+        top_p=optional(params, "top_p", float, 1.0),
         seed=None if seed is None else optional(params, "seed", int, 0),
         stop_tokens=stop_tokens,
         stop_strings=stop_strings,
         prompt_logprobs=wants_logprobs,
-        topk_prompt_logprobs=_at_least(optional(fields, "topk_prompt_logprobs", int, 0), 0, "topk_prompt_logprobs"),
-        topk_sample_logprobs=_at_least(optional(fields, "topk_sample_logprobs", int, 0), 0, "topk_sample_logprobs"),
+        topk_prompt_logprobs=optional(fields, "topk_prompt_logprobs", int, 0),
+        topk_sample_logprobs=optional(fields, "topk_sample_logprobs", int, 0),
     )
     return SampleCall(request, last_n, optional(fields, "record_stability_info", bool, False))
-
-
-def _at_least(value: _Value, least: Any, name: str) -> _Value:
-    if value < least:
-        raise UserFault(f"{name}: must be at least {least}, got {value}")
-    return value
 
 
 def _decode_stop(stop: Any) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
@@ -245,17 +199,14 @@ def _decode_stop(stop: Any) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
 
 
 def decode_prompt(model_input: Mapping[str, Any]) -> Int32Array:
-    """JSON ``ModelInput``, text chunks only. Shape [P], P >= 1. Raises :class:`UserFault`."""
+    """JSON ``ModelInput``, text chunks only. Shape [P]. Raises :class:`UserFault`."""
     parts: list[Int32Array] = []
     for chunk in optional(model_input, "chunks", list, []):
         if not isinstance(chunk, dict) or chunk.get("type", "encoded_text") != "encoded_text":
             kind = chunk.get("type") if isinstance(chunk, dict) else chunk
             raise UserFault(f"prompt: the embedded service takes text chunks only, not {kind!r:.80}")
         parts.append(_tokens(optional(chunk, "tokens", list, []), "prompt"))
-    prompt = np.concatenate(parts) if parts else np.zeros(0, np.int32)
-    if prompt.size == 0:
-        raise UserFault("prompt: at least one token is required")
-    return prompt
+    return np.concatenate(parts) if parts else np.zeros(0, np.int32)
 
 
 def _tokens(values: Any, name: str) -> Int32Array:
@@ -387,10 +338,6 @@ def _from_bytes(data: bytes, dtype: np.dtype[Any], place: str) -> NDArray[Any]:
     if len(data) % dtype.itemsize:
         raise UserFault(f"{place}: {len(data)} bytes is not a whole number of {dtype.name} values")
     return np.frombuffer(data, dtype)
-
-
-def json_reply(fields: Mapping[str, Any]) -> Reply:
-    return Reply(json.dumps(fields).encode())
 
 
 def encode_sample(result: SampleResult, last_n: int | None = None) -> Reply:

@@ -225,10 +225,8 @@ class Sampler:
             self._extend(batch, logits)
 
     def _check(self, request: SampleRequest) -> int:
-        """Validate; return the maximum number of new tokens."""
+        """Whether it fits this model; returns the maximum number of new tokens."""
         length = len(request.prompt)
-        if length < 1:
-            raise UserFault("The prompt is empty; give at least one token.")
         if request.prompt.min() < 0 or request.prompt.max() >= self._vocabulary:
             raise UserFault(f"The prompt contains a token id outside 0 to {self._vocabulary - 1}.")
         max_tokens = self._context - length if request.max_tokens is None else request.max_tokens
@@ -237,16 +235,8 @@ class Sampler:
                 f"A prompt of {length} tokens and max_tokens {request.max_tokens} exceed the model's context of "
                 f"{self._context} tokens."
             )
-        if max_tokens < 1 or request.num_samples < 1:
-            raise UserFault("max_tokens and num_samples must be at least 1.")
-        if not 0.0 <= request.temperature < float("inf"):
-            raise UserFault(f"temperature is {request.temperature}; it must be 0 (greedy) or a positive number.")
-        if not 0.0 < request.top_p <= 1.0:
-            raise UserFault(f"top_p is {request.top_p}; it must lie in (0, 1].")
-        if request.top_k < -1:
-            raise UserFault(f"top_k is {request.top_k}; it must be -1 (no limit) or a positive number.")
         for name, k in (("prompt", request.topk_prompt_logprobs), ("sample", request.topk_sample_logprobs)):
-            if not 0 <= k <= self._vocabulary:
+            if k > self._vocabulary:
                 raise UserFault(f"topk_{name}_logprobs is {k}; it must lie between 0 and {self._vocabulary}.")
         return max_tokens
 

@@ -1,36 +1,41 @@
-"""A backend without a model: a function of the prompt replies after a modelled latency. For benchmarks and tests.
+"""A backend without a model: a function of the prompt replies after a modelled latency, and each request is logged. For tests.
 
-Training updates :mod:`~searchr1_async.local.scripted_model`. The log of all requests and their drawn latencies gives the
-lower-bound time of a run.
+Its weights are one number: token ``t`` has log-probability ``scale_free(t) * exp(-bias)``, and Tinker's losses and Adam
+update ``bias``. So the sampler and the trainer agree at the same version, versions differ, and checkpoint round-trips can be
+tested.
 """
 
 from __future__ import annotations
 
-import heapq
+import bisect
+import functools
 import itertools
 import json
 import logging
 import math
 import random
+import sched
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
+from numpy.typing import NDArray
 
-from searchr1_async.local import scripted_model
 from searchr1_async.local.backend import (
     AdamParams,
     Adapter,
     Datum,
+    Float32Array,
     ForwardBackwardResult,
     InflightClient,
+    Int32Array,
     LoraConfig,
     SampledSequence,
     SampleRequest,
@@ -38,139 +43,181 @@ from searchr1_async.local.backend import (
     Snapshot,
     State,
     UserFault,
+    check_data,
+    common_prefix_length,
+    find_inputs,
+    loss_and_slope,
 )
-from searchr1_async.local.scripted_model import PrefixCache, ScriptedAdapter, Weights, logprobs_of
+from searchr1_async.local.process import Latency, Served, ServedSequence, TimedReply, TrainingTimes
 
 logger = logging.getLogger(__name__)
 
+MOST_TOKENS = 2_000_000
+"""Maximum tokens cached per sampler; beyond it the cache is cleared."""
 Reply = Callable[[list[int], random.Random], "list[int] | str | TimedReply"]
 """Maps prompt tokens and a random generator to new tokens, or to text (the backend then needs a tokenizer)."""
 Result = TypeVar("Result")
-Own = TypeVar("Own")
+_Call = tuple[int, Any, SampleRequest, "Future[SampleResult]"]
 
 
-@dataclass(frozen=True, slots=True)
-class TimedReply:
-    """A script's reply with an explicit latency and a label for the log."""
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class Weights:
+    """A snapshot: an immutable version. Compared by identity, since each snapshot has its own prefix cache."""
 
-    content: list[int] | str
-    """New tokens, or text."""
-    seconds: float | None = None
-    """None draws it from the latency model."""
-    label: str = ""
-    """Only written to the log."""
+    bias: float = 0.0
+    version: int = 0
+    """Optimizer steps."""
 
 
-@dataclass(frozen=True, slots=True)
-class ServedSequence:
-    label: str
-    seconds: float
-    """Its own latency; the request takes as long as its slowest sequence."""
-    tokens: int
-    """New tokens."""
+@dataclass(slots=True, eq=False)
+class ScriptedAdapter:
+    """A trainable version: one parameter with its gradient and Adam moments."""
+
+    lora: LoraConfig
+    weights: Weights = field(default_factory=Weights)
+    gradient: float = 0.0
+    moments: tuple[float, float] = (0.0, 0.0)
+    steps_submitted: int = 0
+    """Optimizer steps submitted, including those still queued."""
 
 
-@dataclass(frozen=True, slots=True)
-class Served:
-    kind: str
-    """``sample``, ``forward_backward``, ``forward``, ``optim_step``, ``snapshot`` (weights for sampling), ``export``
-    (a checkpoint), ``import`` or ``create``."""
-    began: float
-    """Start, in :func:`time.monotonic` seconds (shared by all processes of a machine on Linux)."""
-    seconds: float
-    version: int
-    """Optimizer steps of the weights sampled from or saved, or of those before the training call."""
-    tokens: int = 0
-    """Prompt tokens, or tokens of all examples."""
-    examples: int = 0
-    sequences: tuple[ServedSequence, ...] = ()
-
-    @property
-    def ended(self) -> float:
-        """When its result was ready, unless cancelled."""
-        return self.began + self.seconds
+def scale_free(tokens: NDArray[Any]) -> NDArray[Any]:
+    """A fixed log-probability per token id in [-2.1, -0.1]; same shape, float64."""
+    return -0.1 - 2.0 * ((tokens.astype(np.uint64) * np.uint64(2654435761)) % np.uint64(1 << 32)) / 2.0**32
 
 
-@dataclass(frozen=True, slots=True)
-class Latency:
-    """Latency of one sample: ``max(floor, prompt * prefill + tokens * decode) * lognormal(jitter)`` seconds.
-
-    Drawn per continuation; a request takes as long as its slowest one.
-    """
-
-    prefill: float = 0.0
-    """Seconds per prompt token."""
-    decode: float = 0.0
-    """Seconds per new token."""
-    floor: float = 0.0
-    """Minimum seconds, before jitter."""
-    jitter: float = 0.0
-    """Sigma of the lognormal factor; its median is 1."""
-
-    def draw(self, prompt_tokens: int, new_tokens: int, chance: random.Random) -> float:
-        seconds = max(self.floor, prompt_tokens * self.prefill + new_tokens * self.decode)
-        return seconds * math.exp(chance.gauss(0.0, self.jitter)) if self.jitter else seconds
+def logprobs_of(tokens: NDArray[Any], weights: Weights) -> Float32Array:
+    """Log-probabilities of tokens at a version, for both sampler and trainer; same shape."""
+    return (scale_free(tokens) * math.exp(-weights.bias)).astype(np.float32)
 
 
-@dataclass(frozen=True, slots=True)
-class TrainingTimes:
-    """Durations in seconds on the training device, which runs one call at a time."""
+def topk(tokens: NDArray[Any], weights: Weights, k: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Each token and the k - 1 following ids, most likely first: ids and log-probabilities, each [N, k]."""
+    ids = np.asarray(tokens, np.int32)[:, None] + np.arange(k, dtype=np.int32)
+    logprobs = logprobs_of(ids, weights)
+    order = np.argsort(-logprobs, axis=1)
+    return np.take_along_axis(ids, order, 1), np.take_along_axis(logprobs, order, 1)
 
-    per_token: float = 0.0
-    """Forward and backward of one token; forward alone takes a third."""
-    optim_step: float = 0.0
-    save: float = 0.0
-    """Export or snapshot."""
+
+def weights_in(state: State) -> Weights:
+    return Weights(float(state["bias"][0]), int(state["version"][0]))
+
+
+def forward_backward(
+    adapter: ScriptedAdapter,
+    data: Sequence[Datum],
+    loss_fn: str,
+    loss_config: Mapping[str, float],
+    forward_only: bool,
+) -> ForwardBackwardResult:
+    """Tinker's losses and their gradient: d logprob / d bias = -logprob."""
+    inputs, config = find_inputs(loss_fn, loss_config)
+    check_data(data, loss_fn, inputs)
+    loss, gradient, rows = 0.0, 0.0, []
+    for datum in data:
+        logprobs = logprobs_of(datum.loss_inputs["target_tokens"], adapter.weights)
+        rows.append(logprobs)
+        lp = logprobs.astype(np.float64)
+        value, slope = loss_and_slope(loss_fn, lp, datum.loss_inputs, config)
+        loss += value
+        gradient += float(np.sum(slope * -lp))
+    if not forward_only:
+        adapter.gradient += gradient
+    return ForwardBackwardResult(tuple(rows), {"loss:sum": loss})
+
+
+def optim_step(adapter: ScriptedAdapter, params: AdamParams) -> dict[str, float]:
+    gradient = adapter.gradient
+    norm = abs(gradient)
+    if params.grad_clip_norm and norm > params.grad_clip_norm:
+        gradient *= params.grad_clip_norm / norm
+    step = adapter.weights.version + 1
+    first = params.beta1 * adapter.moments[0] + (1 - params.beta1) * gradient
+    second = params.beta2 * adapter.moments[1] + (1 - params.beta2) * gradient**2
+    direction = first / (1 - params.beta1**step) / (math.sqrt(second / (1 - params.beta2**step)) + params.eps)
+    bias = adapter.weights.bias * (1 - params.learning_rate * params.weight_decay) - params.learning_rate * direction
+    adapter.weights = replace(adapter.weights, bias=bias, version=step)
+    adapter.moments, adapter.gradient = (first, second), 0.0
+    return {"unclipped_grad_l2": norm}
+
+
+class PrefixCache:
+    """The token sequences that one sampler has run; a sequence replaces its own prefixes."""
+
+    def __init__(self) -> None:
+        # Sorted. Big-endian bytes sort like the integers, so sequences with the longest common prefix are neighbours.
+        self._texts: list[bytes] = []
+        self._tokens = 0
+
+    def hits(self, prompt: Int32Array) -> int:
+        """Number of cached tokens of ``prompt``, excluding the last one, whose logits are always needed."""
+        place = bisect.bisect(self._texts, _key(prompt))
+        near = self._texts[max(0, place - 1) : place + 1]
+        known = (common_prefix_length(np.frombuffer(text, ">i4"), prompt) for text in near)
+        return min(max(known, default=0), len(prompt) - 1)
+
+    def add(self, prompt: Int32Array, continuations: Sequence[Int32Array]) -> None:
+        """Cache a prompt with each continuation, without the last token, which was never run."""
+        if self._tokens > MOST_TOKENS:
+            self._texts.clear()
+            self._tokens = 0
+        for tokens in continuations:
+            key = _key(np.concatenate([prompt, tokens[:-1]]))
+            place = bisect.bisect_left(self._texts, key)
+            if place < len(self._texts) and self._texts[place].startswith(key):
+                continue
+            while place and key.startswith(self._texts[place - 1]):
+                place -= 1
+                self._tokens -= len(self._texts.pop(place)) // 4
+            self._texts.insert(place, key)
+            self._tokens += len(key) // 4
+
+
+def _key(tokens: Int32Array) -> bytes:
+    return np.ascontiguousarray(tokens, dtype=">i4").tobytes()
 
 
 class TimerThread:
     """Calls functions when due on one daemon thread, ordered by due time, then submission."""
 
     def __init__(self, name: str) -> None:
-        self._heap: list[tuple[float, int, Callable[[], None], Future[Any] | None]] = []
-        self._order = itertools.count()
-        self._changed = threading.Condition()
+        self._calls = sched.scheduler(time.monotonic)
+        self._changed = threading.Event()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def call_at(self, due: float, function: Callable[[], None], future: Future[Any] | None = None) -> None:
         """``due`` in :func:`time.monotonic` seconds. ``future`` is cancelled if the thread closes first."""
-        with self._changed:
-            if not self._closed:
-                heapq.heappush(self._heap, (due, next(self._order), function, future))
-                self._changed.notify()
-                return
-        if future is not None:
+        self._calls.enterabs(due, 0, self._call, (function, future))
+        self._changed.set()
+        if self._closed and future is not None:
             future.cancel()
 
     def close(self) -> None:
         """Ends the thread and cancels open futures."""
-        with self._changed:
-            self._closed = True
-            waiting, self._heap = self._heap, []
-            self._changed.notify()
-        for _, _, _, future in waiting:
-            if future is not None:
-                future.cancel()
+        self._closed = True
+        self._changed.set()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+        for call in self._calls.queue:
+            if call.argument[1] is not None:
+                call.argument[1].cancel()
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                while not self._closed:
-                    wait = self._heap[0][0] - time.monotonic() if self._heap else None
-                    if wait is not None and wait <= 0:
-                        break
-                    self._changed.wait(wait)
-                if self._closed:
-                    return
-                _, _, function, _ = heapq.heappop(self._heap)
-            try:
-                function()
-            except Exception:
-                logger.exception("a timer callback failed")
+        while not self._closed:
+            self._changed.wait(self._calls.run(blocking=False))
+            self._changed.clear()  # before the next look at calls and at the end, so that neither is missed
+
+    def _call(self, function: Callable[[], None], future: Future[Any] | None) -> None:
+        if self._closed:
+            if future is not None:
+                future.cancel()
+            return
+        try:
+            function()
+        except Exception:
+            logger.exception("a timer callback failed")
 
 
 class ScriptedBackend:
@@ -197,57 +244,36 @@ class ScriptedBackend:
         self.served: list[Served] = []
         """Every request in scheduling order; written to ``latency_log`` on close."""
         self._reply = reply
-        self._model_name = model_name
-        self._tokenizer_path = tokenizer_path
+        self.model_name = model_name
+        self.tokenizer_path = tokenizer_path
         self._latency = latency or Latency()
         self._training = training or TrainingTimes()
         self._max_concurrent = max_concurrent
-        self._max_context_length = max_context_length
+        self.max_context_length = max_context_length
         self._seed = seed
         self._latency_log = latency_log
-        self._tokenizer: Any = None
         self._arrivals = itertools.count()
-        self._queue: deque[tuple[int, Any, SampleRequest, Future[SampleResult]]] = deque()
+        self._queue: deque[_Call] = deque()
         self._base = Weights()
         self._caches: WeakKeyDictionary[Any, PrefixCache] = WeakKeyDictionary()
         self._running = 0
         self._training_free_at = 0.0
         self._timers = TimerThread("scripted-backend")
 
-    @property
-    def model_name(self) -> str:
-        return self._model_name
-
-    @property
-    def tokenizer_path(self) -> str:
-        return self._tokenizer_path
-
-    @property
-    def max_context_length(self) -> int:
-        return self._max_context_length
-
-    @property
-    def latencies(self) -> list[float]:
-        """Latency of each sample request, in order of start."""
-        return [request.seconds for request in self.served if request.kind == "sample"]
-
     # -- sampling ------------------------------------------------------------------------------------------------
 
     def sample(self, weights: Snapshot | InflightClient | None, request: SampleRequest) -> Future[SampleResult]:
         """Uses the weights current at the sample's start for the whole sample."""
         future: Future[SampleResult] = Future()
-        arrival = next(self._arrivals)
-        source = self._base if weights is None else weights
-        self._timers.call_at(0.0, lambda: self._enqueue(arrival, source, request, future), future)
+        if len(request.prompt) > self.max_context_length:
+            future.set_exception(UserFault(f"prompt: {len(request.prompt)} tokens exceed {self.max_context_length}"))
+            return future
+        call = (next(self._arrivals), self._base if weights is None else weights, request, future)
+        self._timers.call_at(0.0, lambda: self._enqueue(call), future)
         return future
 
-    def _enqueue(
-        self, arrival: int, source: Snapshot | InflightClient, request: SampleRequest, future: Future[SampleResult]
-    ) -> None:
-        if len(request.prompt) > self._max_context_length:
-            _fail(future, UserFault(f"prompt: {len(request.prompt)} tokens exceed {self._max_context_length}"))
-            return
-        self._queue.append((arrival, source, request, future))
+    def _enqueue(self, call: _Call) -> None:
+        self._queue.append(call)
         self._start_samples()
 
     def _start_samples(self) -> None:
@@ -264,7 +290,8 @@ class ScriptedBackend:
                     result = replace(result, prompt_cache_hit_tokens=cache.hits(request.prompt))
                 cache.add(request.prompt, [sequence.tokens for sequence in result.sequences])
             except Exception as error:
-                _fail(future, error)
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(error)
                 continue
             now, seconds = time.monotonic(), max(sequence.seconds for sequence in drawn)
             self.served.append(
@@ -287,19 +314,16 @@ class ScriptedBackend:
         generated = [self._continue(prompt, weights, request, chance) for _ in range(request.num_samples)]
         drawn: list[ServedSequence] = []
         for sequence, reply in generated:
-            seconds = reply.seconds
-            if seconds is None:
-                seconds = self._latency.draw(len(prompt), len(sequence.tokens), chance)
-            drawn.append(ServedSequence(reply.label, seconds, len(sequence.tokens)))
+            count = len(sequence.tokens)
+            seconds = self._latency.draw(len(prompt), count, chance) if reply.seconds is None else reply.seconds
+            drawn.append(ServedSequence(reply.label, seconds, count))
         prompt_logprobs = topk_prompt = None
-        if request.prompt_logprobs or request.topk_prompt_logprobs:
+        if request.prompt_logprobs:
             prompt_logprobs = logprobs_of(request.prompt, weights)
             prompt_logprobs[0] = np.nan
         if request.topk_prompt_logprobs:
-            topk_prompt = scripted_model.topk(request.prompt, weights, request.topk_prompt_logprobs)
+            topk_prompt = topk(request.prompt, weights, request.topk_prompt_logprobs)
             topk_prompt[0][0], topk_prompt[1][0] = 0, np.nan
-        if not request.prompt_logprobs:
-            prompt_logprobs = None
         return SampleResult(tuple(sequence for sequence, _ in generated), prompt_logprobs, topk_prompt), tuple(drawn)
 
     def _continue(
@@ -308,49 +332,44 @@ class ScriptedBackend:
         given = self._reply(prompt, chance)
         reply = given if isinstance(given, TimedReply) else TimedReply(given)
         tokens = self._encode(reply.content) if isinstance(reply.content, str) else list(reply.content)
-        limit = self._max_context_length - len(prompt) if request.max_tokens is None else request.max_tokens
+        limit = self.max_context_length - len(prompt) if request.max_tokens is None else request.max_tokens
         end = min(self._stop_at(tokens, request), len(tokens))
         stop_reason = "stop" if end <= limit else "length"
         array = np.asarray(tokens[: min(end, limit)], np.int32)
-        topk = (
-            scripted_model.topk(array, weights, request.topk_sample_logprobs) if request.topk_sample_logprobs else None
-        )
-        return SampledSequence(array, logprobs_of(array, weights), stop_reason, topk), reply
+        top = topk(array, weights, request.topk_sample_logprobs) if request.topk_sample_logprobs else None
+        return SampledSequence(array, logprobs_of(array, weights), stop_reason, top), reply
 
     def _stop_at(self, tokens: list[int], request: SampleRequest) -> int:
         """Number of tokens up to and including the first stop."""
         ends = [tokens.index(stop) + 1 for stop in request.stop_tokens or () if stop in tokens]
         if request.stop_strings:
-            tokenizer = self._load_tokenizer()
             for count in range(1, len(tokens) + 1):
-                text = tokenizer.decode(tokens[:count])
+                text = self._tokenizer.decode(tokens[:count])
                 if any(stop in text for stop in request.stop_strings):
                     ends.append(count)
                     break
         return min(ends, default=len(tokens))
 
     def _encode(self, text: str) -> list[int]:
-        tokenizer = self._load_tokenizer()
-        tokens = tokenizer.encode(text, add_special_tokens=False)
-        return tokens if tokenizer.eos_token_id is None else [*tokens, tokenizer.eos_token_id]
+        tokens, end = self._tokenizer.encode(text, add_special_tokens=False), self._tokenizer.eos_token_id
+        return tokens if end is None else [*tokens, end]
 
-    def _load_tokenizer(self) -> Any:
-        if self._tokenizer is None:
-            if not self._tokenizer_path:
-                raise UserFault("this scripted service has no tokenizer, so it cannot handle text")
-            from transformers import AutoTokenizer
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        if not self.tokenizer_path:
+            raise UserFault("this scripted service has no tokenizer, so it cannot handle text")
+        from transformers import AutoTokenizer
 
-            self._tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_path)
-        return self._tokenizer
+        return AutoTokenizer.from_pretrained(self.tokenizer_path)
 
     # -- training ------------------------------------------------------------------------------------------------
 
     def create_adapter(self, lora: LoraConfig) -> Future[Adapter]:
-        return self._train(Served("create", 0.0, 0.0, 0), lambda: ScriptedAdapter(lora))
+        return self._train("create", 0.0, 0, lambda: ScriptedAdapter(lora))
 
     def snapshot(self, adapter: Adapter) -> Future[Snapshot]:
         own = _own(adapter, ScriptedAdapter)
-        return self._train(self._call("snapshot", self._training.save, own), lambda: replace(own.weights))
+        return self._train("snapshot", self._training.save, own.steps_submitted, lambda: replace(own.weights))
 
     def forward_backward(
         self,
@@ -360,16 +379,21 @@ class ScriptedBackend:
         loss_config: Mapping[str, float],
         forward_only: bool,
     ) -> Future[ForwardBackwardResult]:
-        own = _own(adapter, ScriptedAdapter)
-        tokens = sum(len(datum.tokens) for datum in data)
-        seconds = self._training.per_token * tokens / (3 if forward_only else 1)
-        call = self._call("forward" if forward_only else "forward_backward", seconds, own, tokens, len(data))
-        return self._train(call, lambda: scripted_model.forward_backward(own, data, loss_fn, loss_config, forward_only))
+        own, tokens = _own(adapter, ScriptedAdapter), sum(len(datum.tokens) for datum in data)
+        return self._train(
+            "forward" if forward_only else "forward_backward",
+            self._training.per_token * tokens / (3 if forward_only else 1),
+            own.steps_submitted,
+            lambda: forward_backward(own, data, loss_fn, loss_config, forward_only),
+            tokens,
+            len(data),
+        )
 
     def optim_step(self, adapter: Adapter, params: AdamParams) -> Future[Mapping[str, float]]:
         own = _own(adapter, ScriptedAdapter)
-        call = self._call("optim_step", self._training.optim_step, own)
-        return self._train(call, lambda: scripted_model.optim_step(own, params))
+        version = own.steps_submitted
+        own.steps_submitted += 1
+        return self._train("optim_step", self._training.optim_step, version, lambda: optim_step(own, params))
 
     def export_adapter(self, adapter: Adapter, optimizer: bool) -> Future[State]:
         own = _own(adapter, ScriptedAdapter)
@@ -378,33 +402,29 @@ class ScriptedBackend:
             state = {"bias": np.array([own.weights.bias]), "version": np.array([own.weights.version])}
             return {**state, "moments": np.array(own.moments)} if optimizer else state
 
-        return self._train(self._call("export", self._training.save, own), export)
+        return self._train("export", self._training.save, own.steps_submitted, export)
 
     def import_adapter(self, lora: LoraConfig, state: State, optimizer: bool) -> Future[Adapter]:
+        weights = weights_in(state)
+
         def load() -> Adapter:
             first, second = (float(moment) for moment in state["moments"]) if optimizer else (0.0, 0.0)
-            weights = scripted_model.weights_in(state)
             return ScriptedAdapter(lora, weights, moments=(first, second), steps_submitted=weights.version)
 
-        return self._train(Served("import", 0.0, self._training.save, scripted_model.weights_in(state).version), load)
+        return self._train("import", self._training.save, weights.version, load)
 
     def import_snapshot(self, lora: LoraConfig, state: State) -> Future[Snapshot]:
-        weights = scripted_model.weights_in(state)
-        return self._train(Served("import", 0.0, self._training.save, weights.version), lambda: weights)
+        weights = weights_in(state)
+        return self._train("import", self._training.save, weights.version, lambda: weights)
 
-    def _call(self, kind: str, seconds: float, adapter: ScriptedAdapter, tokens: int = 0, examples: int = 0) -> Served:
-        # Earlier calls may still be queued, so the adapter's own version is not up to date.
-        version = adapter.steps_submitted
-        if kind == "optim_step":
-            adapter.steps_submitted += 1
-        return Served(kind, 0.0, seconds, version, tokens, examples)
-
-    def _train(self, call: Served, work: Callable[[], Result]) -> Future[Result]:
+    def _train(
+        self, kind: str, seconds: float, version: int, work: Callable[[], Result], tokens: int = 0, examples: int = 0
+    ) -> Future[Result]:
         """Schedules work on the training device; it takes effect when its time is up, in call order."""
         future: Future[Result] = Future()
         began = max(time.monotonic(), self._training_free_at)
-        due = self._training_free_at = began + call.seconds
-        self.served.append(replace(call, began=began))
+        due = self._training_free_at = began + seconds
+        self.served.append(Served(kind, began, seconds, version, tokens, examples))
         self._timers.call_at(due, lambda: _resolve(future, work), future)
         return future
 
@@ -415,7 +435,7 @@ class ScriptedBackend:
             self._latency_log.write_text("".join(f"{row}\n" for row in rows))
 
 
-def _own(value: Any, kind: type[Own]) -> Own:
+def _own(value: Any, kind: type[Result]) -> Result:
     if not isinstance(value, kind):
         raise TypeError(f"not an object of this backend: {value!r}")
     return value
@@ -427,9 +447,4 @@ def _resolve(future: Future[Result], work: Callable[[], Result]) -> None:
     try:
         future.set_result(work())
     except Exception as error:
-        future.set_exception(error)
-
-
-def _fail(future: Future[Any], error: Exception) -> None:
-    if future.set_running_or_notify_cancel():
         future.set_exception(error)

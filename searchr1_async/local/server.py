@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import ipaddress
 import logging
@@ -22,38 +21,35 @@ from aiohttp import web
 
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.local import protocol
-from searchr1_async.local.backend import Backend, Snapshot, UserFault
-from searchr1_async.local.checkpoint_files import CheckpointStore, Kind
+from searchr1_async.local.backend import MAX_SAMPLES, Backend, Snapshot, UserFault
+from searchr1_async.local.checkpoint_files import CheckpointStore, Kind, RecordStore
 from searchr1_async.local.listings import External, Listings
-from searchr1_async.local.promises import Promise, PromiseStore
-from searchr1_async.local.protocol import Body
+from searchr1_async.local.protocol import Body, body_of
 from searchr1_async.local.provenance import DAY, SequenceStore, sequence_id
-from searchr1_async.local.responses import (
+from searchr1_async.local.replies import (
+    API,
+    Failure,
     Handler,
     Jobs,
     NotFound,
-    errors_as_json,
-    json_answer,
+    Promise,
+    PromiseStore,
+    as_json,
+    json_response,
     key_check,
     offload,
-    refuse_routes,
 )
-from searchr1_async.local.sampling_clients import Futures, Sampling, sampler_id
-from searchr1_async.local.sessions import RecordStore, Session, Sessions
+from searchr1_async.local.sessions import Sampling, Session, Sessions, sampler_id
 from searchr1_async.local.trainable_models import Model, Training, model_id
 
 logger = logging.getLogger(__name__)
 
-API = "/api/v1"
 _SWEEP_SECONDS = 5.0
 _KEEP_ALIVE_SECONDS = 3600.0
 """Longer than any client pause, so that no request races a connection being closed."""
 _MAX_BODY_BYTES = 512 << 20
-_SAVES: dict[Kind, str] = {
-    "weights": "SaveWeights",
-    "sampler_weights": "SaveWeightsForSampler",
-    "external_weights": "SaveWeightsExternal",
-}
+_ANNOUNCED_BYTES = 1 << 20
+"""Larger results are announced first, so that the client can limit concurrent downloads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,21 +72,8 @@ class ServiceOptions:
     """How long a recorded sequence can be trained on after its last use."""
     sequence_bytes: int = 1 << 30
     """Memory limit for recorded sequences (LRU eviction): 4 bytes per prompt token, 8 per sampled token."""
-    use_retrieve_futures: bool = False
-    """Makes the SDK poll all samples of a sampler in one request instead of holding one connection per sample.
-
-    For clients with few file descriptors. Costs two more round trips per sample.
-    """
     listed: tuple[str, ...] = ()
     """Model names to advertise in place of the backend's own, to stand in for another service."""
-
-
-def check_loopback(host: str) -> None:
-    """Raises :class:`ConfigurationError` unless ``host`` is a loopback address."""
-    with contextlib.suppress(ValueError):
-        if host == "localhost" or ipaddress.ip_address(host).is_loopback:
-            return
-    raise ConfigurationError(f"the embedded service binds to the loopback interface only, not to {host!r}")
 
 
 @asynccontextmanager
@@ -107,7 +90,8 @@ async def serve(
     ``listener`` must be bound to a loopback address (else :class:`ConfigurationError`).
     """
     host, port = listener.getsockname()[:2]
-    check_loopback(host)
+    if not ipaddress.ip_address(host).is_loopback:
+        raise ConfigurationError(f"the embedded service binds to the loopback interface only, not to {host!r}")
     async with anyio.create_task_group() as tasks:
         service = Service(backend, checkpoints, Jobs(PromiseStore(), tasks), options or ServiceOptions())
         await anyio.to_thread.run_sync(checkpoints.clean, time.time())
@@ -132,17 +116,18 @@ async def serve(
 
 
 def make_app(service: Service, checkpoints: CheckpointStore, api_key: str) -> web.Application:
-    app = web.Application(client_max_size=_MAX_BODY_BYTES, middlewares=[errors_as_json, key_check(api_key)])
-    app.router.add_get(f"{API}/healthz", service.healthz, name="healthz")
-    for path, handler in service.posts().items():
-        app.router.add_post(f"{API}/{path}", handler)
-    app.router.add_get(f"{API}/get_server_capabilities", service.get_server_capabilities)
-    app.router.add_get(f"{API}/samplers/{{sampler}}", service.get_sampler)
-    External(service.backend, checkpoints, service.records).add_routes(app, API)
-    Futures(service.promises, service.sampling, service.sessions, poll=service.options.poll).add_routes(app, API)
-    service.sessions.add_routes(app, API)
-    Listings(service.records, service.sessions, service.training, checkpoints).add_routes(app, API)
-    refuse_routes(app, API)
+    app = web.Application(client_max_size=_MAX_BODY_BYTES, middlewares=[as_json, key_check(api_key)])
+    rooms = (
+        service,
+        service.sessions,
+        External(service.backend, checkpoints, service.records),
+        Listings(service.records, service.sessions, service.training, checkpoints),
+    )
+    for room in rooms:
+        for route, handler in room.routes().items():
+            method, path = route.split()
+            for each in (method, "HEAD") if method == "GET" else (method,):
+                app.router.add_route(each, f"{API}/{path}", handler)
     return app
 
 
@@ -153,7 +138,7 @@ class Service:
         self.backend = backend
         self.options = options
         self.records = RecordStore(checkpoints.folder)
-        self.sessions = Sessions(self.records, checkpoints)
+        self.sessions = Sessions(self.records)
         self.promises = jobs.promises
         self.promises.grace = options.result_grace
         self._checkpoints = checkpoints
@@ -170,26 +155,30 @@ class Service:
             max_samples=options.max_samples,
         )
 
-    def posts(self) -> dict[str, Handler]:
+    def routes(self) -> dict[str, Handler]:
         return {
-            "client/config": self.client_config,
-            "client/dynamic_config": self.client_dynamic_config,
-            "telemetry": self.telemetry,
-            "create_session": self.create_session,
-            "session_heartbeat": self.session_heartbeat,
-            "sessions/{session}/finish": self.finish_session,
-            "create_model": self.create_model,
-            "get_info": self.get_info,
-            "forward_backward": self.forward_backward,
-            "forward": self.forward_backward,
-            "optim_step": self.optim_step,
-            "save_weights": functools.partial(self.save, "weights"),
-            "save_weights_for_sampler": functools.partial(self.save, "sampler_weights"),
-            "save_weights_external": functools.partial(self.save, "external_weights"),
-            "load_weights": self.load_weights,
-            "create_sampling_session": self.create_sampling_session,
-            "asample": self.asample,
-            "join_sampling_session": self.join_sampling_session,
+            "GET healthz": self.healthz,
+            "POST client/config": self.client_config,
+            "POST client/dynamic_config": self.client_dynamic_config,
+            "POST telemetry": self.telemetry,
+            "GET get_server_capabilities": self.get_server_capabilities,
+            "POST create_session": self.create_session,
+            "POST session_heartbeat": self.session_heartbeat,
+            "POST sessions/{session}/finish": self.finish_session,
+            "POST create_model": self.create_model,
+            "POST get_info": self.get_info,
+            "POST forward_backward": self.forward_backward,
+            "POST forward": self.forward_backward,
+            "POST optim_step": self.optim_step,
+            "POST save_weights": functools.partial(self.save, "weights"),
+            "POST save_weights_for_sampler": functools.partial(self.save, "sampler_weights"),
+            "POST save_weights_external": functools.partial(self.save, "external_weights"),
+            "POST load_weights": self.load_weights,
+            "POST create_sampling_session": self.create_sampling_session,
+            "GET samplers/{sampler}": self.get_sampler,
+            "POST asample": self.asample,
+            "POST retrieve_future": self.retrieve_future,
+            "POST cancel_future": self.cancel_future,
         }
 
     async def sweep_periodically(self) -> None:
@@ -221,92 +210,83 @@ class Service:
 
     # -- service and sessions ------------------------------------------------------------------------------------
 
-    async def healthz(self, request: web.Request) -> web.Response:
-        return json_answer(status="ok")
+    async def healthz(self, request: web.Request) -> dict[str, Any]:
+        return {"status": "ok"}
 
     async def client_config(self, request: web.Request) -> web.Response:
-        response = json_answer(sample_use_retrieve_futures=self.options.use_retrieve_futures)
+        response = json_response(200, sample_use_retrieve_futures=False)
         # The SDK asks once, over a connection that it never closes.
         response.force_close()
         return response
 
-    async def client_dynamic_config(self, request: web.Request) -> web.Response:
-        return json_answer(sample_cancel_enabled=True)
+    async def client_dynamic_config(self, request: web.Request) -> dict[str, Any]:
+        return {"sample_cancel_enabled": True}
 
-    async def telemetry(self, request: web.Request) -> web.Response:
+    async def telemetry(self, request: web.Request) -> dict[str, Any]:
         await request.read()
-        return json_answer(status="accepted")
+        return {"status": "accepted"}
 
-    async def get_server_capabilities(self, request: web.Request) -> web.Response:
+    async def get_server_capabilities(self, request: web.Request) -> dict[str, Any]:
         able = {"max_context_length": self.backend.max_context_length, "trainable": True, "sampleable": True}
         names = self.options.listed or (self.backend.model_name,)
-        return json_answer(supported_models=[{"model_name": name, **able} for name in names])
+        return {"supported_models": [{"model_name": name, **able} for name in names]}
 
-    async def create_session(self, request: web.Request) -> web.Response:
-        session = self.sessions.open(Body.parse(await request.read()).fields)
+    async def create_session(self, request: web.Request) -> dict[str, Any]:
+        session = self.sessions.open((await body_of(request)).fields)
         await self.records.flush()
-        return json_answer(session_id=session.id, type="create_session")
+        return {"session_id": session.id, "type": "create_session"}
 
-    async def session_heartbeat(self, request: web.Request) -> web.Response:
-        self.sessions.get(Body.parse(await request.read()).text("session_id")).heartbeat_at = time.monotonic()
-        return json_answer(type="session_heartbeat")
+    async def session_heartbeat(self, request: web.Request) -> dict[str, Any]:
+        self.sessions.get((await body_of(request)).text("session_id")).heartbeat_at = time.monotonic()
+        return {"type": "session_heartbeat"}
 
-    async def finish_session(self, request: web.Request) -> web.Response:
+    async def finish_session(self, request: web.Request) -> None:
         session = self.sessions.known.get(request.match_info["session"])
         if session is None:
             raise NotFound(f"no session {request.match_info['session']!r}")
-        fields = Body.parse(await request.read()).fields
-        reason, detail = fields.get("reason"), fields.get("detail")
-        if not session.finished and isinstance(reason, dict):
-            session.status = {"type": "client_finished", "reason": reason, "detail": detail}
+        await body_of(request)
         self._end(session)
         await self.records.flush()
-        return web.Response(status=204)
 
     def _end(self, session: Session) -> None:
         if session.finished:
             return
         session.finished = True
         self.sampling.cancel_session(session.id, time.monotonic())
-        for id in session.model_ids:
+        for id in session.record.run_ids:
             model = self.training.models.get(id)
             if model is not None:
                 self.training.remove(model, "its session has ended")
-        self.sampling.close(session.id, set(session.model_ids))
+        self.sampling.close(session.id, set(session.record.run_ids))
         self._sequences.forget(session.id)
-        self.records.note(session.record())
+        self.records.note(session.record)
 
     # -- training ------------------------------------------------------------------------------------------------
 
-    async def create_model(self, request: web.Request) -> web.Response:
-        body = Body.parse(await request.read())
-        return self._open_model(body, self.training.create)
+    async def create_model(self, request: web.Request) -> dict[str, Any]:
+        return self._open_model(await body_of(request), self.training.create)
 
-    def _open_model(self, body: Body, create: Callable[[str, int, Mapping[str, Any]], Promise]) -> web.Response:
+    def _open_model(self, body: Body, create: Callable[[str, int, Mapping[str, Any]], Promise]) -> dict[str, Any]:
         session = self.sessions.get(body.text("session_id"))
         number = body.number("model_seq_id")
         promise = create(session.id, number, body.fields)
         id = model_id(session.id, number)
-        if id not in session.model_ids:
-            session.model_ids.append(id)
-            self.records.note(session.record())
-        return json_answer(request_id=promise.request_id, model_id=id)
+        session.add_run(id)
+        self.records.note(session.record)
+        return {"request_id": promise.request_id, "model_id": id}
 
-    async def get_info(self, request: web.Request) -> web.Response:
-        model = self._model(Body.parse(await request.read()).text("model_id"))
-        data = {
-            "arch": None,
-            "model_name": self.backend.model_name,
-            "tokenizer_id": self.backend.tokenizer_path or None,
+    async def get_info(self, request: web.Request) -> dict[str, Any]:
+        model = self._model((await body_of(request)).text("model_id"))
+        name = self.backend.model_name
+        data = {"arch": None, "model_name": name, "tokenizer_id": self.backend.tokenizer_path or None}
+        return {
+            "type": "get_info",
+            "model_id": model.id,
+            "model_data": data,
+            "is_lora": True,
+            "lora_rank": model.lora.rank,
+            "model_name": name,
         }
-        return json_answer(
-            type="get_info",
-            model_id=model.id,
-            model_data=data,
-            is_lora=True,
-            lora_rank=model.lora.rank,
-            model_name=self.backend.model_name,
-        )
 
     def _model(self, id: str) -> Model:
         model = self.training.models.get(id)
@@ -314,74 +294,70 @@ class Service:
             raise NotFound(f"no model {id!r}: its session has ended, or the service was restarted")
         return model
 
-    def _submit(self, model: Model, seq_id: int | None, kind: str, begin: Any) -> web.Response:
-        promise = self.training.submit(model, seq_id, kind, begin)
-        return json_answer(request_id=promise.request_id, model_id=model.id)
+    def _submit(self, model: Model, seq_id: int | None, begin: Any) -> dict[str, Any]:
+        promise = self.training.submit(model, seq_id, begin)
+        return {"request_id": promise.request_id, "model_id": model.id}
 
-    async def forward_backward(self, request: web.Request) -> web.Response:
+    async def forward_backward(self, request: web.Request) -> dict[str, Any]:
         body = await request.read()
         message = await offload(len(body), protocol.parse_forward_backward, body)
         model = self._model(message.model_id)
         if request.path.endswith("/forward"):
             message.forward_only = True
         begin = functools.partial(self.training.forward_backward, message, len(body))
-        return self._submit(model, message.seq_id or None, "ForwardBackward", begin)
+        return self._submit(model, message.seq_id or None, begin)
 
-    async def optim_step(self, request: web.Request) -> web.Response:
-        model, seq_id, fields = await self._request_of_model(request)
-        return self._submit(model, seq_id, "OptimStep", functools.partial(self.training.optim_step, fields))
+    async def optim_step(self, request: web.Request) -> dict[str, Any]:
+        body = await body_of(request)
+        begin = functools.partial(self.training.optim_step, body.fields)
+        return self._submit(self._model(body.text("model_id")), body.optional_number("seq_id"), begin)
 
-    async def save(self, kind: Kind, request: web.Request) -> web.Response:
-        model, seq_id, fields = await self._request_of_model(request)
-        if kind == "sampler_weights" and fields.get("path") is None:
-            return self._submit(model, seq_id, "SaveWeightsForSampler", self._begin_snapshot(model, fields))
-        begin = functools.partial(self.training.save, kind, fields, seq_id)
-        return self._submit(model, seq_id, _SAVES[kind], begin)
+    async def save(self, kind: Kind, request: web.Request) -> dict[str, Any]:
+        body = await body_of(request)
+        model, seq_id = self._model(body.text("model_id")), body.optional_number("seq_id")
+        if kind == "sampler_weights" and body.fields.get("path") is None:
+            return self._submit(model, seq_id, self._begin_snapshot(model, body))
+        return self._submit(model, seq_id, functools.partial(self.training.save, kind, body.fields, seq_id))
 
-    def _begin_snapshot(self, model: Model, fields: Mapping[str, Any]) -> Any:
+    def _begin_snapshot(self, model: Model, body: Body) -> Any:
         session = self.sessions.get(model.session_id)
-        number = Body(fields).number("sampling_session_seq_id")
-        sampling_kind = str(fields.get("kind") or "snapshot")
+        number = body.number("sampling_session_seq_id")
+        kind = str(body.fields.get("kind") or "snapshot")
 
         def publish(model: Model, snapshot: Snapshot) -> str:
-            if sampling_kind not in ("snapshot", "inflight"):
-                raise UserFault(f"kind: must be snapshot or inflight, not {sampling_kind!r:.80}")
-            id = sampler_id(session.id, number)
+            if kind not in ("snapshot", "inflight"):
+                raise UserFault(f"kind: must be snapshot or inflight, not {kind!r:.80}")
             if session.finished:
                 raise UserFault("the session has ended")
-            session.samplers[id] = None
-            return self.sampling.publish(id, session.id, model.id, sampling_kind, snapshot)
+            id = sampler_id(session.id, number)
+            session.add_sampler(id, None)
+            return self.sampling.publish(id, session.id, model.id, kind, snapshot)
 
         return functools.partial(self.training.snapshot, publish)
 
-    async def load_weights(self, request: web.Request) -> web.Response:
-        body = Body.parse(await request.read())
+    async def load_weights(self, request: web.Request) -> dict[str, Any]:
+        body = await body_of(request)
         if body.fields.get("model_id") is None:
             return self._open_model(body, self.training.create_from_checkpoint)
-        model = self._model(body.text("model_id"))
         begin = functools.partial(self.training.load, body.fields)
-        return self._submit(model, body.optional_number("seq_id"), "LoadWeights", begin)
-
-    async def _request_of_model(self, request: web.Request) -> tuple[Model, int | None, Mapping[str, Any]]:
-        body = Body.parse(await request.read())
-        return self._model(body.text("model_id")), body.optional_number("seq_id"), body.fields
+        return self._submit(self._model(body.text("model_id")), body.optional_number("seq_id"), begin)
 
     # -- sampling ------------------------------------------------------------------------------------------------
 
-    async def create_sampling_session(self, request: web.Request) -> web.Response:
-        body = Body.parse(await request.read())
+    async def create_sampling_session(self, request: web.Request) -> dict[str, Any]:
+        body = await body_of(request)
         session = self.sessions.get(body.text("session_id"))
         sampler = await self.sampling.create(session.id, body.number("sampling_session_seq_id"), body.fields)
-        session.samplers[sampler.id] = sampler.model_path
-        return json_answer(sampling_session_id=sampler.id, type="create_sampling_session")
+        session.add_sampler(sampler.id, sampler.model_path)
+        return {"sampling_session_id": sampler.id, "type": "create_sampling_session"}
 
-    async def get_sampler(self, request: web.Request) -> web.Response:
+    async def get_sampler(self, request: web.Request) -> dict[str, Any]:
         id = request.match_info["sampler"]
         sampler = self.sampling.samplers.get(id)
         path = self.sessions.sampler(id) if sampler is None else sampler.model_path
-        return json_answer(sampler_id=id, base_model=self.backend.model_name, model_path=path)
+        return {"sampler_id": id, "base_model": self.backend.model_name, "model_path": path}
 
-    async def asample(self, request: web.Request) -> web.Response:
+    async def asample(self, request: web.Request) -> dict[str, Any]:
         raw = await request.read()
         body = await offload(len(raw), Body.parse, raw)
         seq_id = body.optional_number("seq_id")
@@ -390,10 +366,28 @@ class Service:
             sampler = self.sampling.find(body.text("sampling_session_id"))
         promise = self.sampling.submit(sampler, seq_id, body.fields, len(raw))
         count = body.fields.get("num_samples")
-        count = count if isinstance(count, int) and 1 <= count <= protocol.MAX_SAMPLES else 1
+        count = count if isinstance(count, int) and 1 <= count <= MAX_SAMPLES else 1
         ids = [sequence_id(promise.request_id, index) for index in range(count)]
-        return json_answer(request_id=promise.request_id, sample_sequence_ids=ids)
+        return {"request_id": promise.request_id, "sample_sequence_ids": ids}
 
-    async def join_sampling_session(self, request: web.Request) -> web.Response:
-        self.sampling.find(Body.parse(await request.read()).text("sampling_session_id"))
-        return json_answer(client_counter=self.sampling.join(), type="join_sampling_session")
+    # -- results -------------------------------------------------------------------------------------------------
+
+    async def retrieve_future(self, request: web.Request) -> web.Response | dict[str, Any]:
+        """Waits up to ``options.poll`` seconds for a result."""
+        body = await body_of(request)
+        promise = self.promises.get(body.text("request_id"))
+        outcome = await self.promises.wait(promise, self.options.poll)
+        if outcome is None:
+            return json_response(408, type="try_again", request_id=promise.request_id, queue_state="active")
+        if isinstance(outcome, Failure):
+            self.promises.fetched(promise, time.monotonic())
+            return {"error": outcome.error, "category": outcome.category}
+        if body.fields.get("allow_metadata_only") is True and len(outcome.body) > _ANNOUNCED_BYTES:
+            return {"status": "complete_metadata", "response_payload_size": len(outcome.body)}
+        self.promises.fetched(promise, time.monotonic())
+        return web.Response(body=outcome.body, content_type=outcome.content_type)
+
+    async def cancel_future(self, request: web.Request) -> None:
+        """Cancels a sample. Training requests cannot be cancelled, since later ones depend on them."""
+        promise = self.promises.get((await body_of(request)).text("request_id"))
+        self.promises.cancel(promise, time.monotonic())

@@ -1,195 +1,93 @@
-"""Client sessions: creation, lookup, listing and search; and the persistent records of sessions and training runs.
+"""Client sessions and their samplers: who is connected, which weights each sampler uses, and which stay in memory.
 
-There is one user, ``local``. A project is just a name on a session and need not be created. A record is one small JSON file,
-``<checkpoints>/_records/<id>.json``, with dots for the id's colons. A run's id starts with its session's
-(``SESSION:train:NUMBER``); a session id has no colon.
+A session is one ``ServiceClient`` of the one user, ``local``. A project is just a name on a session. The id of a session's
+training run or sampler starts with the session's own, which has no colon.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import secrets
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
-from pathlib import Path
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+import anyio
 import anyio.to_thread
 from aiohttp import web
 
-from searchr1_async.boundary.paths import write_atomically
-from searchr1_async.local.checkpoint_files import Checkpoint, CheckpointStore
-from searchr1_async.local.protocol import Body, MalformedRequest, optional
-from searchr1_async.local.responses import Gone, NotFound, json_answer, page_of, texts, timestamp
-
-logger = logging.getLogger(__name__)
-
-FOLDER = "_records"
-"""Cannot clash with run folders, whose names start with a letter or digit."""
-DEFAULT_PROJECT = "local"
-"""The project of sessions that name none."""
-OWNER = "local"
-_ACTIVE = {"type": "active"}
-_MAX_PAGE = 200
-
-
-@dataclass(frozen=True, slots=True)
-class RunRecord:
-    """A training run. ``last_request_at`` is seconds since the epoch."""
-
-    id: str
-    base_model: str
-    lora_rank: int
-    last_request_at: float
-    user_metadata: Mapping[str, Any] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class SessionRecord:
-    """A session: one ``ServiceClient``. ``created_at`` is seconds since the epoch."""
-
-    id: str
-    created_at: float
-    user_metadata: Mapping[str, Any] | None = None
-    display_name: str | None = None
-    project_id: str = DEFAULT_PROJECT
-    run_ids: tuple[str, ...] = ()
-    samplers: Mapping[str, str | None] | None = None
-    """Sampler ids with their checkpoint path; None: the base model, or unsaved weights."""
-    status: Mapping[str, Any] | None = None
-    """How it ended, in the protocol's form; None: open or unknown."""
-
-
-Record = RunRecord | SessionRecord
-
-
-class RecordStore:
-    """All records of a checkpoint folder, including those of earlier processes, in memory.
-
-    :meth:`note` and :meth:`flush` belong to one event loop; :meth:`read` blocks on disk I/O.
-    """
-
-    def __init__(self, checkpoints: Path) -> None:
-        self._folder = checkpoints / FOLDER
-        self.runs: dict[str, RunRecord] = {}
-        self.sessions: dict[str, SessionRecord] = {}
-        self._unwritten: dict[str, Record] = {}
-        self._writing = threading.Lock()
-        self._has_warned = False
-
-    def read(self) -> None:
-        """Reads the records of earlier processes. Corrupt files are logged and ignored."""
-        for path in self._folder.glob("*.json"):
-            try:
-                fields = json.loads(path.read_text())
-                if ":" in fields["id"]:
-                    self._put(RunRecord(**fields))
-                else:
-                    self._put(SessionRecord(**{**fields, "run_ids": tuple(fields["run_ids"])}))
-            except (OSError, ValueError, TypeError, KeyError) as error:
-                logger.warning("ignoring the corrupt record %s: %s", path, error)
-
-    def note(self, record: Record) -> None:
-        """Adds or replaces a record in memory; :meth:`flush` writes it."""
-        if self.runs.get(record.id, self.sessions.get(record.id)) != record:
-            self._put(record)
-            self._unwritten[record.id] = record
-
-    def _put(self, record: Record) -> None:
-        if isinstance(record, RunRecord):
-            self.runs[record.id] = record
-        else:
-            self.sessions[record.id] = record
-
-    async def flush(self) -> None:
-        """Writes changed records. Failures are logged once and retried at the next flush."""
-        if self._unwritten:
-            batch, self._unwritten = self._unwritten, {}
-            left = await anyio.to_thread.run_sync(self._write, batch)
-            self._unwritten = left | self._unwritten
-
-    def _write(self, batch: Mapping[str, Record]) -> dict[str, Record]:
-        left: dict[str, Record] = {}
-        with self._writing:
-            for id in batch:
-                # The current record: a later batch may have been written before this one.
-                record = self.runs.get(id) or self.sessions[id]
-                try:
-                    self._folder.mkdir(parents=True, exist_ok=True)
-                    write_atomically(self._folder / f"{id.replace(':', '.')}.json", json.dumps(asdict(record)).encode())
-                except OSError as error:
-                    # Warn once: the folder may be read-only, and nothing else depends on it.
-                    level = logging.DEBUG if self._has_warned else logging.WARNING
-                    logger.log(level, "cannot write the record of %s: %s", id, error)
-                    self._has_warned = True
-                    left[id] = record
-        return left
+from searchr1_async.local import protocol
+from searchr1_async.local.backend import Backend, InflightClient, Snapshot, UserFault
+from searchr1_async.local.checkpoint_files import (
+    DEFAULT_PROJECT,
+    CheckpointId,
+    CheckpointStore,
+    RecordStore,
+    SessionRecord,
+)
+from searchr1_async.local.provenance import SequenceStore
+from searchr1_async.local.replies import (
+    Gone,
+    Handler,
+    Jobs,
+    NotFound,
+    Promise,
+    Reply,
+    TooManySamples,
+    offload,
+    page_of,
+    result_of,
+    texts,
+)
 
 
 @dataclass(slots=True)
 class Session:
-    """One ``ServiceClient``. ``heartbeat_at`` is monotonic time in seconds, ``created_at`` seconds since the epoch."""
+    """A session of this process. ``heartbeat_at`` is monotonic time in seconds."""
 
-    id: str
-    created_at: float
-    user_metadata: Mapping[str, Any] | None
-    display_name: str | None
-    project_id: str
+    record: SessionRecord
     heartbeat_at: float
-    model_ids: list[str] = field(default_factory=list)
-    samplers: dict[str, str | None] = field(default_factory=dict)
-    """Sampler ids with the path of their checkpoint, if any."""
     finished: bool = False
-    status: Mapping[str, Any] | None = None
-    """How it ended, as reported by the client."""
 
-    def record(self) -> SessionRecord:
-        """The session's persistent record."""
-        return SessionRecord(
-            id=self.id,
-            created_at=self.created_at,
-            user_metadata=self.user_metadata,
-            display_name=self.display_name,
-            project_id=self.project_id,
-            run_ids=tuple(self.model_ids),
-            samplers=dict(self.samplers),
-            status=self.status,
-        )
+    @property
+    def id(self) -> str:
+        return self.record.id
+
+    def add_run(self, id: str) -> None:
+        if id not in self.record.run_ids:
+            self.record = replace(self.record, run_ids=(*self.record.run_ids, id))
+
+    def add_sampler(self, id: str, path: str | None) -> None:
+        """``path``: its checkpoint, if any."""
+        self.record = replace(self.record, samplers={**(self.record.samplers or {}), id: path})
 
 
 class Sessions:
     """All sessions: those of this process, and the records of earlier ones."""
 
-    def __init__(self, records: RecordStore, checkpoints: CheckpointStore) -> None:
+    def __init__(self, records: RecordStore) -> None:
         self.known: dict[str, Session] = {}
         """This process's sessions by id, including finished ones."""
         self._records = records
-        self._checkpoints = checkpoints
 
-    def add_routes(self, app: web.Application, prefix: str) -> None:
-        app.router.add_get(f"{prefix}/sessions", self.list_sessions)
-        app.router.add_post(f"{prefix}/sessions/search", self.search)
-        app.router.add_get(f"{prefix}/sessions/{{session}}", self.get_session)
-        app.router.add_put(f"{prefix}/sessions/{{session}}/project", self.assign_project)
+    def routes(self) -> dict[str, Handler]:
+        return {"GET sessions": self.list_sessions, "GET sessions/{session}": self.get_session}
 
     def open(self, fields: Mapping[str, Any]) -> Session:
         """Creates a session from the fields of ``create_session``."""
         metadata, name, project = (fields.get(key) for key in ("user_metadata", "display_name", "project_id"))
-        # Random: must not collide with ids of earlier processes that used the same checkpoint folder.
-        session = Session(
+        record = SessionRecord(
+            # Random: must not collide with ids of earlier processes that used the same checkpoint folder.
             id=secrets.token_hex(8),
             created_at=time.time(),
             user_metadata=metadata if isinstance(metadata, dict) else None,
             display_name=name if isinstance(name, str) else None,
             project_id=project if isinstance(project, str) and project else DEFAULT_PROJECT,
-            heartbeat_at=time.monotonic(),
+            samplers={},
         )
-        self.known[session.id] = session
-        self._records.note(session.record())
+        session = self.known[record.id] = Session(record, time.monotonic())
+        self._records.note(record)
         return session
 
     def get(self, id: str) -> Session:
@@ -201,20 +99,11 @@ class Sessions:
             raise Gone(f"session {id!r} has ended")
         return session
 
-    def add_ended(self, id: str, display_name: str, project_id: str, run_id: str) -> None:
-        """Adds the record of a session that has already ended."""
-        status = {"type": "client_finished", "reason": {"type": "success"}}
-        self._records.note(
-            SessionRecord(
-                id, time.time(), display_name=display_name, project_id=project_id, run_ids=(run_id,), status=status
-            )
-        )
-
     def note(self) -> None:
         """Updates the records of open sessions."""
         for session in self.known.values():
             if not session.finished:
-                self._records.note(session.record())
+                self._records.note(session.record)
 
     def sampler(self, id: str) -> str | None:
         """The checkpoint path of an ended session's sampler, if it had one. Raises :class:`NotFound`."""
@@ -227,137 +116,249 @@ class Sessions:
         record = self._records.sessions.get(session_id)
         return DEFAULT_PROJECT if record is None else record.project_id
 
-    # -- routes --------------------------------------------------------------------------------------------------
-
-    async def list_sessions(self, request: web.Request) -> web.Response:
-        page, _ = page_of(request, [record.id for record in self._newest_first()])
-        return json_answer(sessions=page)
-
-    async def get_session(self, request: web.Request) -> web.Response:
-        record = self._record(request.match_info["session"])
-        return json_answer(
-            training_run_ids=record.run_ids,
-            sampler_ids=list(record.samplers or {}),
-            user_metadata=texts(record.user_metadata),
-            display_name=record.display_name,
+    async def list_sessions(self, request: web.Request) -> dict[str, Any]:
+        """One page of session ids, newest first."""
+        self.note()
+        newest_first = sorted(
+            self._records.sessions.values(), key=lambda each: (each.created_at, each.id), reverse=True
         )
+        return {"sessions": page_of(request, [record.id for record in newest_first])[0]}
 
-    async def assign_project(self, request: web.Request) -> web.Response:
-        record = self._record(request.match_info["session"])
-        project = Body.parse(await request.read()).fields.get("project_id")
-        if not isinstance(project, str) or not project:
-            raise MalformedRequest("project_id: a string is required", status=400)
-        session = self.known.get(record.id)
-        if session is not None:
-            session.project_id = project
-        self._records.note(replace(record, project_id=project))
-        await self._records.flush()
-        return web.Response(status=204)
-
-    async def search(self, request: web.Request) -> web.Response:
-        """``SessionSearchRequest``: one page of matching sessions, newest first."""
-        body = Body.parse(await request.read())
-        limit = optional(body.fields, "limit", int, 50)
-        if not 1 <= limit <= _MAX_PAGE:
-            raise MalformedRequest(f"limit: must be between 1 and {_MAX_PAGE}, got {limit}")
-        query = _Query.parse(body.fields)
-        found = [record for record in self._newest_first() if query.fits(record, self._status(record))]
-        if body.fields.get("cursor") is not None:
-            last = _cursor(body.fields["cursor"])
-            found = [record for record in found if _place(record) < last]
-        page = found[:limit]
-        cursor = None
-        if len(found) > limit:
-            cursor = {"last_created_at": timestamp(page[-1].created_at), "last_session_id": page[-1].id}
-        listing = await anyio.to_thread.run_sync(self._checkpoints.listing, time.time())
-        return json_answer(sessions=list(self._summaries(page, listing)), next_cursor=cursor)
-
-    def _record(self, id: str) -> SessionRecord:
+    async def get_session(self, request: web.Request) -> dict[str, Any]:
         self.note()
-        record = self._records.sessions.get(id)
+        record = self._records.sessions.get(request.match_info["session"])
         if record is None:
-            raise NotFound(f"no session {id!r}")
-        return record
-
-    def _newest_first(self) -> list[SessionRecord]:
-        self.note()
-        return sorted(self._records.sessions.values(), key=_place, reverse=True)
-
-    def _status(self, record: SessionRecord) -> Mapping[str, Any] | None:
-        session = self.known.get(record.id)
-        return _ACTIVE if session is not None and not session.finished else record.status
-
-    def _summaries(self, page: Sequence[SessionRecord], listing: Sequence[Checkpoint]) -> Iterator[dict[str, Any]]:
-        for record in page:
-            sizes = [item.size_bytes for item in listing if item.id.run.partition(":")[0] == record.id]
-            yield {
-                "session_id": record.id,
-                "created_at": timestamp(record.created_at),
-                "owner": OWNER,
-                "project_id": record.project_id,
-                "status": self._status(record),
-                "checkpoints_count": len(sizes),
-                "display_name": record.display_name,
-                "user_metadata": texts(record.user_metadata),
-                "checkpoint_storage_bytes": sum(sizes),
-            }
+            raise NotFound(f"no session {request.match_info['session']!r}")
+        return {
+            "training_run_ids": record.run_ids,
+            "sampler_ids": list(record.samplers or {}),
+            "user_metadata": texts(record.user_metadata),
+            "display_name": record.display_name,
+        }
 
 
-def _place(record: SessionRecord) -> tuple[datetime, str]:
-    """Sort key: creation time as clients see it, then id."""
-    return datetime.fromtimestamp(record.created_at, UTC), record.id
+@dataclass(slots=True, eq=False)
+class Weights:
+    """A sampler's weights, shared by all samplers of one checkpoint and by all in-flight samplers of one model.
 
+    Every in-flight save replaces ``snapshot`` (see :class:`~searchr1_async.local.backend.InflightTarget`).
+    """
 
-def _cursor(cursor: Any) -> tuple[datetime, str]:
-    try:
-        at = datetime.fromisoformat(cursor["last_created_at"])
-        return at.astimezone(UTC), str(cursor["last_session_id"])
-    except (TypeError, KeyError, ValueError):
-        raise MalformedRequest("cursor: pass the last page's next_cursor unchanged") from None
+    snapshot: Snapshot | None
+    """None: not in memory."""
+    origin: tuple[CheckpointId, float] | None = None
+    """Source checkpoint and its creation time; None: never on disk."""
+    running: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class _Query:
-    """Search filters; a session must match all of them."""
-
-    session_id: str | None
-    words: tuple[str, ...]
-    """All must occur in the display name, case-insensitively. If ``session_id`` is also given, either may match."""
-    projects: list[Any] | None
-    owners: list[Any] | None
-    user_metadata: Mapping[str, Any]
-    statuses: list[Any] | None
-
-    @classmethod
-    def parse(cls, fields: Mapping[str, Any]) -> _Query:
-        """Raises :class:`UserFault` for a field of the wrong type."""
-        owner = optional(fields, "owner", dict, {})
-        return cls(
-            session_id=optional(fields, "session_id", str, "") or None,
-            words=tuple(optional(fields, "display_name", str, "").casefold().split()),
-            projects=optional(fields, "project_ids", list, []) if fields.get("project_ids") is not None else None,
-            owners=optional(owner, "owner_urns", list, []) if owner.get("type") == "user" else None,
-            user_metadata=optional(fields, "user_metadata", dict, {}),
-            statuses=optional(fields, "statuses", list, []) if fields.get("statuses") is not None else None,
-        )
-
-    def fits(self, record: SessionRecord, status: Mapping[str, Any] | None) -> bool:
-        name = (record.display_name or "").casefold()
-        is_named = bool(self.words) and all(word in name for word in self.words)
-        if (self.session_id or self.words) and record.id != self.session_id and not is_named:
-            return False
-        if self.projects is not None and record.project_id not in self.projects:
-            return False
-        if self.owners is not None and OWNER not in self.owners:
-            return False
-        metadata = texts(record.user_metadata) or {}
-        if any(metadata.get(key) != value for key, value in self.user_metadata.items()):
-            return False
-        return self.statuses is None or any(_has_status(status, wanted) for wanted in self.statuses)
+class Sampler:
+    id: str
+    session_id: str
+    weights: Weights | None
+    """None: the base model."""
+    model_path: str | None = None
+    inflight: InflightClient | None = None
+    """An in-flight sampler's own prefix cache namespace over the shared weights."""
 
 
-def _has_status(status: Mapping[str, Any] | None, wanted: Any) -> bool:
-    if status is None or not isinstance(wanted, dict) or status.get("type") != wanted.get("type"):
-        return False
-    reasons = wanted.get("reasons")
-    return reasons is None or (status.get("reason") or {}).get("type") in reasons
+def sampler_id(session_id: str, sampling_session_seq_id: int) -> str:
+    return f"{session_id}:sample:{sampling_session_seq_id}"
+
+
+class Sampling:
+    """All samplers, with an LRU of at most ``max_snapshots`` adapter snapshots in memory.
+
+    Evicted weights are reloaded from their checkpoint; a sampler whose weights have no checkpoint then fails. In-flight
+    weights (one per model) do not count and stay until their session ends.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        checkpoints: CheckpointStore,
+        jobs: Jobs,
+        sequences: SequenceStore,
+        *,
+        max_snapshots: int,
+        max_samples: int,
+    ) -> None:
+        self._backend = backend
+        self._checkpoints = checkpoints
+        self._jobs = jobs
+        self._sequences = sequences
+        self._max_snapshots = max_snapshots
+        self._max_samples = max_samples
+        self._open_samples = 0
+        self._resident: OrderedDict[Weights, None] = OrderedDict()
+        self._by_checkpoint: dict[tuple[CheckpointId, float], Weights] = {}
+        self._inflight: dict[str, Weights] = {}
+        self._reading = anyio.Lock()
+        self.samplers: dict[str, Sampler] = {}
+
+    # -- samplers ------------------------------------------------------------------------------------------------
+
+    async def create(self, session_id: str, number: int, fields: Mapping[str, Any]) -> Sampler:
+        """``create_sampling_session``, idempotent by ``number``. Raises :class:`UserFault` for an unknown model or checkpoint."""
+        id = sampler_id(session_id, number)
+        if id not in self.samplers:
+            weights, path = await self._weights_for(fields)
+            self.samplers[id] = Sampler(id, session_id, weights, path)
+        return self.samplers[id]
+
+    def publish(self, id: str, session_id: str, model_id: str, kind: str, snapshot: Snapshot) -> str:
+        """Creates a sampler over in-memory weights; returns its id.
+
+        With ``kind`` "inflight" all in-flight samplers of the model switch to these weights, running samples included; the
+        new sampler gets its own prefix cache. Saves of a model must be published in order.
+        """
+        if kind == "inflight":
+            weights = self._inflight.setdefault(model_id, Weights(None))
+            weights.snapshot = snapshot
+            self.samplers[id] = Sampler(id, session_id, weights, inflight=InflightClient(weights))
+        else:
+            weights = Weights(snapshot)
+            self.samplers[id] = Sampler(id, session_id, weights)
+            self._use(weights)
+        return id
+
+    def close(self, session_id: str, model_ids: set[str]) -> None:
+        """Drops a session's samplers and the weights that only they used."""
+        for id in [sampler.id for sampler in self.samplers.values() if sampler.session_id == session_id]:
+            del self.samplers[id]
+        for id in model_ids:
+            self._inflight.pop(id, None)
+        used = {sampler.weights for sampler in self.samplers.values()}
+        # Only dereferenced, not cleared: the backend may be in the middle of a step with them.
+        for weights in [weights for weights in self._resident if weights not in used]:
+            del self._resident[weights]
+        self._by_checkpoint = {key: weights for key, weights in self._by_checkpoint.items() if weights in used}
+
+    def find(self, id: str) -> Sampler:
+        """Raises :class:`NotFound`."""
+        sampler = self.samplers.get(id)
+        if sampler is None:
+            raise NotFound(f"no sampler {id!r}: its session has ended, or the service was restarted")
+        return sampler
+
+    async def _weights_for(self, fields: Mapping[str, Any]) -> tuple[Weights | None, str | None]:
+        path = protocol.optional(fields, "model_path", str, "")
+        if path:
+            return await self._read(CheckpointId.parse(path)), path
+        name = fields.get("base_model")
+        if name != self._backend.model_name:
+            raise UserFault(f"unknown base model {name!r:.200}: this service only has {self._backend.model_name!r}")
+        return None, None
+
+    async def _read(self, id: CheckpointId) -> Weights:
+        """A checkpoint's weights, from memory if loaded."""
+        async with self._reading:
+            checkpoint = await anyio.to_thread.run_sync(self._checkpoints.find, id, time.time())
+            if checkpoint.base_model != self._backend.model_name:
+                raise UserFault(
+                    f"{id.path} belongs to {checkpoint.base_model!r}; this service has {self._backend.model_name!r}"
+                )
+            key = (id, checkpoint.created_at)
+            weights = self._by_checkpoint.setdefault(key, Weights(None, key))
+            if weights.snapshot is None:
+                _, state = await anyio.to_thread.run_sync(self._checkpoints.load, id, time.time())
+                weights.snapshot = await result_of(self._backend.import_snapshot(checkpoint.lora, state))
+            self._use(weights)
+            return weights
+
+    def _use(self, weights: Weights) -> None:
+        """Marks weights as just used and evicts beyond the limit."""
+        self._resident[weights] = None
+        self._resident.move_to_end(weights)
+        excess = max(0, len(self._resident) - self._max_snapshots)
+        idle = [other for other in self._resident if other.running == 0 and other is not weights]
+        for other in idle[:excess]:
+            del self._resident[other]
+            other.snapshot = None
+
+    # -- samples -------------------------------------------------------------------------------------------------
+
+    def submit(self, sampler: Sampler | None, seq_id: int | None, fields: Mapping[str, Any], size: int) -> Promise:
+        """``asample``, idempotent by sampler and ``seq_id``; ``size`` is the body's size in bytes.
+
+        ``sampler`` is None when the request names a model (``base_model`` or ``model_path``). Raises :class:`TooManySamples`.
+        """
+        owner = sampler.id if sampler is not None else "-"
+        key = None if sampler is None or seq_id is None else (owner, seq_id)
+        earlier = self._jobs.promises.find(key)
+        if earlier is not None:
+            return earlier
+        if self._open_samples >= self._max_samples:
+            raise TooManySamples
+        promise = self._jobs.promises.open(owner, key)
+        self._open_samples += 1
+        cancelled = anyio.CancelScope()
+        promise.on_cancel = cancelled.cancel
+        self._jobs.start_loop(self._sample, promise, cancelled, sampler, fields, size)
+        return promise
+
+    async def _sample(
+        self,
+        promise: Promise,
+        cancelled: anyio.CancelScope,
+        sampler: Sampler | None,
+        fields: Mapping[str, Any],
+        size: int,
+    ) -> None:
+        async def work() -> Reply:
+            call = await offload(size, protocol.decode_sample, fields)
+            if call.record and sampler is None:
+                raise UserFault(
+                    "record_stability_info: sample through a sampling session; only its sequences are recorded"
+                )
+            weights = await self._current(sampler, fields)
+            if weights is None:
+                result = await result_of(self._backend.sample(None, call.request))
+            else:
+                weights.running += 1
+                try:
+                    source = weights.snapshot if sampler is None else sampler.inflight or weights.snapshot
+                    result = await result_of(self._backend.sample(source, call.request))
+                finally:
+                    weights.running -= 1
+            # If the sampler is gone, its session has ended meanwhile.
+            if call.record and sampler is not None and sampler.id in self.samplers:
+                self._sequences.record(
+                    sampler.session_id, promise.request_id, call.request.prompt, result.sequences, time.monotonic()
+                )
+            tokens = sum(len(sequence.tokens) for sequence in result.sequences)
+            return await offload(8 * tokens, protocol.encode_sample, result, call.prompt_logprobs_last_n)
+
+        try:
+            with cancelled:
+                await self._jobs.run(promise, work)
+        finally:
+            self._open_samples -= 1
+
+    async def _current(self, sampler: Sampler | None, fields: Mapping[str, Any]) -> Weights | None:
+        """A sampler's weights, reloaded if evicted. Raises :class:`UserFault`."""
+        if sampler is None:
+            weights, _ = await self._weights_for(fields)
+            return weights
+        weights = sampler.weights
+        if weights is None:
+            return None
+        if weights.snapshot is None and weights.origin is not None:
+            id, _ = weights.origin
+            if await self._read(id) is not weights:
+                raise UserFault(
+                    f"{id.path} was overwritten after sampler {sampler.id} was created: create a new sampler"
+                )
+        if weights.snapshot is None:
+            raise UserFault(
+                f"the weights of sampler {sampler.id} were evicted: only the {self._max_snapshots} most recently "
+                "used stay in memory; to keep weights longer, save them with save_weights_for_sampler(name=...)"
+            )
+        if sampler.inflight is None:
+            self._use(weights)
+        return weights
+
+    def cancel_session(self, session_id: str, now: float) -> None:
+        for sampler in [sampler for sampler in self.samplers.values() if sampler.session_id == session_id]:
+            for promise in self._jobs.promises.open_of(sampler.id):
+                self._jobs.promises.cancel(promise, now, "the session has ended")

@@ -9,13 +9,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from searchr1_async.errors import ModelError
 from searchr1_async.local.backend import (
     AdamParams,
     Adapter,
@@ -29,38 +27,17 @@ from searchr1_async.local.backend import (
     State,
     UserFault,
 )
-from searchr1_async.local.generic_model import GenericRunner, GenericTrainer, HookedModel
-from searchr1_async.local.lora import LoraAdapter, LoraLayout, LoraSite, LoraWeights, onednn_available
+from searchr1_async.local.lora import LoraAdapter, LoraLayout, LoraWeights
 from searchr1_async.local.model_files import resolve_model
-from searchr1_async.local.runner import LeanRunner, Owner, Runner
-from searchr1_async.local.sampler import Decoder, Sampler, settle
-from searchr1_async.local.trainer import LeanTrainer, Trainer, adam_step, forward_backward
-from searchr1_async.local.transformer import LeanTransformer, is_lean, read_safetensors
+from searchr1_async.local.runner import Owner
+from searchr1_async.local.sampler import Sampler, settle
+from searchr1_async.local.torch_models import Engine, choose_device, choose_dtype, load_engine
+from searchr1_async.local.trainer import adam_step, forward_backward
 
 logger = logging.getLogger(__name__)
 
 SAMPLING_QUANTUM_SECONDS = 1.0
 """How long sampling may run while a training micro-batch waits."""
-
-
-@dataclass(frozen=True, slots=True)
-class Engine:
-    runner: Runner
-    trainer: Trainer
-    sites: tuple[LoraSite, ...]
-    tokenizer: Decoder
-    vocabulary: int
-    context: int
-    end_tokens: tuple[int, ...]
-    device: torch.device
-
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """A call on an adapter: a generator that yields wherever sampling may interleave."""
-
-    future: Future[Any]
-    steps: Generator[None, None, Any]
 
 
 class TorchBackend:
@@ -74,8 +51,9 @@ class TorchBackend:
         self, name: str, folder: Path, engine: Engine, *, threads: int | None = None, max_batch: int = 64
     ) -> None:
         """Use :meth:`load` instead."""
-        self._name = name
-        self._folder = folder
+        self.model_name = name
+        self.tokenizer_path = str(folder)
+        self.max_context_length = engine.context
         self._engine = engine
         self._threads = threads
         self._sampler = Sampler(
@@ -88,7 +66,8 @@ class TorchBackend:
         )
         self._arrived = threading.Condition()
         self._samples: deque[tuple[Owner, SampleRequest, Future[SampleResult]]] = deque()
-        self._work: deque[_Work] = deque()
+        self._work: deque[tuple[Future[Any], Generator[None, None, Any]]] = deque()
+        """Calls on adapters; each yields wherever sampling may interleave."""
         self._closing = False
         self._thread = threading.Thread(target=self._loop, name="torch-backend", daemon=True)
         self._thread.start()
@@ -121,27 +100,19 @@ class TorchBackend:
         Raises:
             ModelError: the model cannot be found or used.
         """
-        files = resolve_model(model)
+        folder = resolve_model(model)
         target = choose_device(device)
         precision = choose_dtype(dtype, target)
-        engine = load_engine(files.folder, target, precision, kv_cache_bytes, max_rows)
+        engine = load_engine(folder, target, precision, kv_cache_bytes, max_rows)
         logger.info("Loaded %s in %s on %s", model, precision, target)
-        return cls(files.name, files.folder, engine, threads=threads, max_batch=max_batch)
-
-    @property
-    def model_name(self) -> str:
-        return self._name
-
-    @property
-    def tokenizer_path(self) -> str:
-        return str(self._folder)
-
-    @property
-    def max_context_length(self) -> int:
-        return self._engine.context
+        return cls(model, folder, engine, threads=threads, max_batch=max_batch)
 
     def create_adapter(self, lora: LoraConfig) -> Future[Adapter]:
-        return self._call(lambda: self._new_adapter(lora))
+        def new() -> LoraAdapter:
+            layout = self._layout(lora)
+            return LoraAdapter(layout, layout.initial().to(self._engine.device))
+
+        return self._call(new)
 
     def snapshot(self, adapter: Adapter) -> Future[Snapshot]:
         return self._call(_own(adapter).frozen_copy)
@@ -193,10 +164,6 @@ class TorchBackend:
     def _layout(self, lora: LoraConfig) -> LoraLayout:
         return LoraLayout(self._engine.sites, lora)
 
-    def _new_adapter(self, lora: LoraConfig) -> LoraAdapter:
-        layout = self._layout(lora)
-        return LoraAdapter(layout, layout.initial().to(self._engine.device))
-
     def _call(self, function: Callable[[], Any]) -> Future[Any]:
         def steps() -> Generator[None, None, Any]:
             return function()
@@ -210,7 +177,7 @@ class TorchBackend:
         future.set_running_or_notify_cancel()
         with self._arrived:
             if not self._refuses(future):
-                self._work.append(_Work(future, steps))
+                self._work.append((future, steps))
                 self._arrived.notify()
         return future
 
@@ -233,9 +200,9 @@ class TorchBackend:
         self._sampler.fail_all(closed)
         for _, _, future in self._samples:
             settle(future, error=closed)
-        for work in self._work:
-            work.steps.close()
-            settle(work.future, error=closed)
+        for future, steps in self._work:
+            steps.close()
+            settle(future, error=closed)
 
     def _take_arrivals(self) -> bool:
         """Wait for work; False when the backend is closing."""
@@ -251,17 +218,16 @@ class TorchBackend:
         return True
 
     def _train(self) -> None:
-        work = self._work[0]
+        future, steps = self._work[0]
         try:
-            next(work.steps)
+            next(steps)
             return
         except StopIteration as end:
-            settle(work.future, result=end.value)
-        except UserFault as fault:
-            settle(work.future, error=fault)
+            settle(future, result=end.value)
         except Exception as error:
-            logger.exception("A call on an adapter failed")
-            settle(work.future, error=error)
+            if not isinstance(error, UserFault):
+                logger.exception("A call on an adapter failed")
+            settle(future, error=error)
         self._work.popleft()
 
     def _sample(self) -> None:
@@ -296,76 +262,3 @@ def _own(adapter: Adapter) -> LoraAdapter:
     if not isinstance(adapter, LoraAdapter):
         raise TypeError(f"{type(adapter).__name__} is not an adapter of this backend")
     return adapter
-
-
-def choose_device(device: str) -> torch.device:
-    if device != "auto":
-        return torch.device(device)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 with AMX or AVX-512 BF16 on a CPU or on a recent GPU; elsewhere it is slowly emulated."""
-    if dtype != "auto":
-        known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-        if dtype not in known:
-            raise ModelError(f"Unknown dtype {dtype!r}; use 'auto', 'float32' or 'bfloat16'.")
-        return known[dtype]
-    if device.type == "cpu":
-        capable = (torch.cpu._is_amx_tile_supported, torch.cpu._is_avx512_bf16_supported)
-        return torch.bfloat16 if any(check() for check in capable) else torch.float32
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():
-        return torch.bfloat16
-    return torch.float32
-
-
-def load_engine(folder: Path, device: torch.device, dtype: torch.dtype, cache_bytes: int, max_rows: int) -> Engine:
-    """Loads a Hugging Face folder. Raises :class:`ModelError` if it cannot be read."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        if is_lean(config):
-            model = _lean_model(folder, config, device, dtype)
-            runner, trainer = LeanRunner(model, cache_bytes), LeanTrainer(model, max_rows=max_rows)
-            sites = tuple(model.lora_sites())
-        else:
-            logger.info("%s models use the transformers forward pass, one sequence at a time", config.model_type)
-            hooked, text = HookedModel(_load_model(folder, dtype).to(device)), config.get_text_config()
-            trainer = GenericTrainer(hooked, vocabulary=text.vocab_size, context=text.max_position_embeddings)
-            runner, sites = GenericRunner(hooked), hooked.sites
-        ends = end_tokens(folder, config, tokenizer)
-        return Engine(runner, trainer, sites, tokenizer, trainer.vocabulary, trainer.context, ends, device)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"The model in {folder} cannot be loaded: {error}") from error
-
-
-def _lean_model(folder: Path, config: Any, device: torch.device, dtype: torch.dtype) -> LeanTransformer:
-    weights = read_safetensors(folder)
-    if weights is None:
-        weights = _load_model(folder, dtype).state_dict()
-    weights = {name: tensor.to(device, dtype) for name, tensor in weights.items()}
-    packed = device.type == "cpu" and dtype == torch.float32 and onednn_available()
-    return LeanTransformer(config, weights, packed=packed)
-
-
-def _load_model(folder: Path, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-
-
-def end_tokens(folder: Path, config: Any, tokenizer: Any) -> tuple[int, ...]:
-    """End-of-text ids: those of the generation config (else the model config), plus the tokenizer's."""
-    from transformers import GenerationConfig
-
-    named: Any = None
-    if (folder / "generation_config.json").is_file():
-        named = GenerationConfig.from_pretrained(folder).eos_token_id
-    if named is None:
-        named = getattr(config, "eos_token_id", None)
-    ids = set(named if isinstance(named, list | tuple) else [named]) | {tokenizer.eos_token_id}
-    return tuple(sorted(i for i in ids if i is not None))

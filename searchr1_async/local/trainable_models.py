@@ -1,4 +1,7 @@
-"""Trainable models; each processes its requests in sequence order.
+"""Trainable models; each processes its requests in the order of their numbers.
+
+Clients number a model's requests 1, 2, 3, … and may post them out of order: the SDK posts the first chunk of a
+``forward_backward`` last.
 
 Each model has one task that passes jobs from its inbox to the backend, which preserves call order per adapter. The task
 waits for a result only where the next call depends on it (create and load); other results are awaited in separate tasks,
@@ -13,7 +16,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import anyio.to_thread
 
@@ -29,12 +32,17 @@ from searchr1_async.local.backend import (
     find_inputs,
     ratio_metrics,
 )
-from searchr1_async.local.checkpoint_files import Checkpoint, CheckpointId, CheckpointStore, Kind
-from searchr1_async.local.promises import AlreadyTaken, Failure, Promise, Reply, Sequence
+from searchr1_async.local.checkpoint_files import (
+    Checkpoint,
+    CheckpointId,
+    CheckpointStore,
+    Kind,
+    RecordStore,
+    RunRecord,
+)
 from searchr1_async.local.protocol import ForwardBackwardCall
 from searchr1_async.local.provenance import SequenceStore
-from searchr1_async.local.responses import Jobs, failure_of, offload, result_of
-from searchr1_async.local.sessions import RecordStore, RunRecord
+from searchr1_async.local.replies import Failure, Jobs, Promise, Reply, failure_of, json_reply, offload, result_of
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +51,74 @@ _SAVE_TYPES: dict[Kind, str] = {
     "sampler_weights": "save_weights_for_sampler",
     "external_weights": "save_weights_external",
 }
+Item = TypeVar("Item")
+
+
+class AlreadyTaken(Exception):
+    """A number was offered twice, or after it was dropped."""
+
+
+@dataclass(slots=True)
+class NumberedQueue(Generic[Item]):
+    """Releases items in number order.
+
+    A number that never arrives must not block its model forever: :meth:`give_up` drops the items behind the gap.
+    """
+
+    next_number: int = 1
+    patience: float = 120.0
+    """Seconds that items wait for a missing number."""
+    _waiting: dict[int, Item] = field(default_factory=dict)
+    _blocked_since: float | None = None
+
+    def offer(self, number: int | None, item: Item, now: float) -> list[Item]:
+        """Adds an item; returns the items that are now ready, in order.
+
+        An item without a number goes after all waiting ones. Raises :class:`AlreadyTaken` for a number already used.
+        """
+        if number is None:
+            number = max(self._waiting, default=self.next_number - 1) + 1
+        if number < self.next_number or number in self._waiting:
+            raise AlreadyTaken(f"request {number} was already submitted; the next one is {self.next_number}")
+        self._waiting[number] = item
+        return self._release(now)
+
+    def missing(self) -> range:
+        """The numbers missing before the first waiting item; empty when nothing waits."""
+        return range(self.next_number, min(self._waiting, default=self.next_number))
+
+    def deadline(self) -> float | None:
+        """When :meth:`give_up` will drop the waiting items; None: nothing waits."""
+        return None if self._blocked_since is None else self._blocked_since + self.patience
+
+    def give_up(self, now: float) -> tuple[range, list[Item]]:
+        """After the deadline, drops all waiting items; returns the missing numbers and the dropped items.
+
+        Running them instead would silently apply an optimizer step without one of its batches.
+        """
+        deadline = self.deadline()
+        if deadline is None or now < deadline:
+            return range(0), []
+        gap, self.next_number = self.missing(), max(self._waiting) + 1
+        return gap, self.drain()
+
+    def drain(self) -> list[Item]:
+        """Removes and returns all waiting items, in order."""
+        items = [self._waiting[number] for number in sorted(self._waiting)]
+        self._waiting.clear()
+        self._blocked_since = None
+        return items
+
+    def _release(self, now: float) -> list[Item]:
+        ready: list[Item] = []
+        while self.next_number in self._waiting:
+            ready.append(self._waiting.pop(self.next_number))
+            self.next_number += 1
+        if not self._waiting:
+            self._blocked_since = None
+        elif ready or self._blocked_since is None:
+            self._blocked_since = now
+        return ready
 
 
 @dataclass(slots=True)
@@ -61,7 +137,7 @@ class Model:
     base_model: str
     lora: LoraConfig
     user_metadata: Mapping[str, Any] | None
-    sequence: Sequence[Job]
+    requests: NumberedQueue[Job]
     adapter: Adapter | None = None
     inbox: asyncio.Queue[Job | None] = field(default_factory=asyncio.Queue)
     last_save: asyncio.Event | None = None
@@ -114,7 +190,7 @@ class Training:
             model.lora = protocol.decode_lora(fields)
             return await result_of(self._backend.create_adapter(model.lora))
 
-        return self._open_model(session_id, model_seq_id, fields, "CreateModel", build)
+        return self._open_model(session_id, model_seq_id, fields, {"type": "create_model"}, build)
 
     def create_from_checkpoint(self, session_id: str, model_seq_id: int, fields: Mapping[str, Any]) -> Promise:
         """``load_weights`` without a model: a new adapter with a checkpoint's weights."""
@@ -125,14 +201,15 @@ class Training:
                 self._check_base_model(fields["base_model"])
             return await self._import(model, fields)
 
-        return self._open_model(session_id, model_seq_id, fields, "LoadWeights", build)
+        answer = {"type": "load_weights", "path": str(fields.get("path"))}
+        return self._open_model(session_id, model_seq_id, fields, answer, build)
 
     def _open_model(
         self,
         session_id: str,
         model_seq_id: int,
         fields: Mapping[str, Any],
-        kind: str,
+        answer: Mapping[str, str],
         build: Callable[[Model], Awaitable[Adapter]],
     ) -> Promise:
         id = model_id(session_id, model_seq_id)
@@ -140,7 +217,7 @@ class Training:
         earlier = self._jobs.promises.find(key)
         if earlier is not None:
             return earlier
-        promise = self._jobs.promises.open(kind, session_id, key)
+        promise = self._jobs.promises.open(session_id, key)
         if id in self.models:
             self._jobs.settle(promise, Failure(f"model {id} already exists", "user"))
             return promise
@@ -151,12 +228,9 @@ class Training:
             base_model=self._backend.model_name,
             lora=LoraConfig(),
             user_metadata=metadata if isinstance(metadata, dict) else None,
-            sequence=Sequence(patience=self._gap_patience),
+            requests=NumberedQueue(patience=self._gap_patience),
         )
-        answer = {"model_id": id, "type": "create_model" if kind == "CreateModel" else "load_weights"}
-        if kind == "LoadWeights":
-            answer["path"] = str(fields.get("path"))
-        self._jobs.start_loop(self._run_model, model, promise, build, protocol.json_reply(answer))
+        self._jobs.start_loop(self._run_model, model, promise, build, json_reply({"model_id": id, **answer}))
         return promise
 
     async def _run_model(
@@ -198,24 +272,22 @@ class Training:
             self._records.note(model.record())
         model.gone = reason
         self.models.pop(model.id, None)
-        for job in model.sequence.drain():
+        for job in model.requests.drain():
             self._jobs.settle(job.promise, Failure(f"model {model.id} is gone: {reason}", "user"))
         model.inbox.put_nowait(None)
 
     # -- requests in sequence ------------------------------------------------------------------------------------
 
-    def submit(
-        self, model: Model, seq_id: int | None, kind: str, begin: Callable[[Model, Promise], Awaitable[None]]
-    ) -> Promise:
+    def submit(self, model: Model, seq_id: int | None, begin: Callable[[Model, Promise], Awaitable[None]]) -> Promise:
         """Queues a request in sequence order; idempotent by ``seq_id``."""
         key = None if seq_id is None else (model.id, seq_id)
         earlier = self._jobs.promises.find(key)
         if earlier is not None:
             return earlier
-        promise = self._jobs.promises.open(kind, model.id, key)
+        promise = self._jobs.promises.open(model.id, key)
         model.last_request_at = time.time()
         try:
-            ready = model.sequence.offer(seq_id, Job(promise, begin), time.monotonic())
+            ready = model.requests.offer(seq_id, Job(promise, begin), time.monotonic())
         except AlreadyTaken as error:
             self._jobs.settle(promise, Failure(f"{error}, and its result is no longer kept", "user"))
             return promise
@@ -226,7 +298,7 @@ class Training:
     def give_up_gaps(self, now: float) -> None:
         """Fails requests that have waited too long for a missing earlier one."""
         for model in self.models.values():
-            gap, dropped = model.sequence.give_up(now)
+            gap, dropped = model.requests.give_up(now)
             if dropped:
                 logger.warning(
                     "model %s: requests %s never arrived; failing the %d waiting for them", model.id, gap, len(dropped)
@@ -261,7 +333,7 @@ class Training:
 
         async def answer() -> Reply:
             metrics = protocol.finite_metrics(await result_of(future))
-            return protocol.json_reply({"metrics": metrics, "type": "optim_step"})
+            return json_reply({"metrics": metrics, "type": "optim_step"})
 
         self._jobs.start(promise, answer)
 
@@ -272,7 +344,7 @@ class Training:
             if model.last_save is not None:
                 await model.last_save.wait()
             model.adapter = await self._import(model, fields)
-            return protocol.json_reply({"path": fields["path"], "model_id": model.id, "type": "load_weights"})
+            return json_reply({"path": fields["path"], "model_id": model.id, "type": "load_weights"})
 
         await self._jobs.run(promise, work)
 
@@ -329,7 +401,7 @@ class Training:
                 await anyio.to_thread.run_sync(write)
             finally:
                 written.set()
-            return protocol.json_reply({"path": id.path, "type": _SAVE_TYPES[kind]})
+            return json_reply({"path": id.path, "type": _SAVE_TYPES[kind]})
 
         self._jobs.start(promise, write)
 
@@ -339,7 +411,7 @@ class Training:
 
         async def answer() -> Reply:
             sampler_id = publish(model, await result_of(future))
-            return protocol.json_reply({"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"})
+            return json_reply({"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"})
 
         self._jobs.start(promise, answer)
 

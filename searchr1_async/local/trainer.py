@@ -1,7 +1,8 @@
 """Training: forward and backward passes in micro-batches of packed sequences, Tinker's losses, and Adam.
 
-A loss is a sum over tokens, not a mean. Formulas and defaults follow Tinker's documentation ("Loss functions"). ``lp`` is the target's log-probability under the
-weights being trained, ``q`` its log-probability when sampled, ``A`` the advantage, ``r = exp(lp - q)``:
+A loss is a sum over tokens, not a mean. Formulas and defaults follow Tinker's documentation ("Loss functions"). ``lp`` is the
+target's log-probability under the weights being trained, ``q`` its log-probability when sampled, ``A`` the advantage,
+``r = exp(lp - q)``:
 
 ======================  ===============================================
 ``cross_entropy``       ``-w · lp``
@@ -411,9 +412,7 @@ def adam_step(adapter: LoraAdapter, params: AdamParams) -> dict[str, float]:
     """Adam with decoupled weight decay (Loshchilov and Hutter, 2019) on the accumulated gradients, which are then cleared.
 
     Returns metrics. Clients merge them into their own rows, so the names must not clash with ``step`` or ``learning_rate``.
-    Raises :class:`UserFault` if a parameter is out of range.
     """
-    _check_adam(params)
     gradient, (mean, square) = adapter.gradient, adapter.moments
     norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
     clipped = 0.0 < params.grad_clip_norm < norm
@@ -433,11 +432,3 @@ def adam_step(adapter: LoraAdapter, params: AdamParams) -> dict[str, float]:
         "optimizer_steps": float(adapter.step),
         "weight_norm": float(torch.linalg.vector_norm(adapter.flat, dtype=torch.float64)),
     }
-
-
-def _check_adam(params: AdamParams) -> None:
-    below_one = ("beta1", "beta2")
-    for name in ("learning_rate", *below_one, "eps", "weight_decay", "grad_clip_norm"):
-        value, high = getattr(params, name), 1.0 if name in below_one else math.inf
-        if not 0.0 <= value < high:
-            raise UserFault(f"adam_params.{name} is {value}; it must lie in [0, {high:g}).")

@@ -6,32 +6,21 @@ Scores are small enough to keep in memory for full suites; the episodes stay on 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
 import polars as pl
 
 from searchr1_async.billing import sampling_usage
-from searchr1_async.episodes.reward import cover_match, exact_match, f1
+from searchr1_async.episodes.rewards import cover_match, exact_match, f1
 from searchr1_async.episodes.table import storable
 from searchr1_async.episodes.types import Episode
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.records.metrics import answer_in_passage, passages_shown
-from searchr1_async.records.statistics import (
-    RESAMPLES,
-    Estimate,
-    Floats,
-    Interval,
-    PairedDifference,
-    difference_of,
-    macro_difference_intervals,
-    macro_interval,
-    mean_interval,
-)
+from searchr1_async.records.statistics import Estimate, Floats, PairedDifference, difference_of, mean_interval
 
-METRICS = ("exact_match", "f1", "cover_match", "format")
+SCORES = ("exact_match", "f1", "cover_match", "format")
 """Answer scores, each 0 to 1."""
 
 Outcome = Literal[
@@ -49,7 +38,7 @@ OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 SCORE_SCHEMA = pl.Schema(
     {
         "system": pl.String,  # label
-        "step": pl.Int64,  # optimiser step of the weights; null if none
+        "step": pl.Int64,  # optimizer step of the weights; null if none
         "suite": pl.String,
         "question_id": pl.String,  # unique within its suite
         "question": pl.String,
@@ -85,55 +74,62 @@ RIGHT = 0.5
 
 
 def score_frame(system: str, episodes: Iterable[tuple[int, Episode]], step: int | None = None) -> pl.DataFrame:
-    """Scores of a system's episodes, with schema :data:`SCORE_SCHEMA`.
-
-    Scores are the reward parts ``correct``, ``f1``, ``cover`` and ``format``; missing or non-finite parts are computed from
-    the answer. ``episodes`` are (sample number, episode) pairs, failed ones included.
-    """
-    columns: dict[str, list[Any]] = {name: [] for name in SCORE_SCHEMA}
-    label = storable(system)
-    for sample, episode in episodes:
-        for name, value in (_identity(episode) | _scores(episode) | _costs(episode)).items():
-            columns[name].append(value)
-        columns["sample"].append(sample)
-        columns["system"].append(label)
-        columns["step"].append(step)
-        columns["judged"].append(None)
-    return pl.DataFrame(
-        {name: pl.Series(name, columns[name], dtype=dtype, strict=False) for name, dtype in SCORE_SCHEMA.items()}
-    )
+    """:func:`score_row` of a system's episodes, (sample number, episode) pairs, with schema :data:`SCORE_SCHEMA`."""
+    rows = [score_row(system, sample, episode, step) for sample, episode in episodes]
+    return pl.DataFrame(rows, schema=SCORE_SCHEMA, strict=False)
 
 
-def _identity(episode: Episode) -> dict[str, Any]:
-    question = episode.question
+def score_row(system: str, sample: int, episode: Episode, step: int | None) -> dict[str, Any]:
+    """The scores of an episode: reward parts ``correct``, ``f1``, ``cover`` and ``format``; missing or non-finite parts are
+    computed from the answer."""
+    question, calls, given, used = episode.question, episode.calls, episode.given, sampling_usage(episode)
+    seen = answer_in_passage(episode)
+    scores: dict[str, Any] = dict.fromkeys(SCORES) if episode.failed else _scores(episode)
     return {
+        "system": storable(system),
+        "step": step,
         "suite": storable(question.data_source),
         "question_id": storable(question.id),
         "question": storable(question.question),
         "golden_answers": [storable(answer) for answer in question.golden_answers],
-        "hop": _whole_number(question.metadata.get("hop")),
+        "sample": sample,
         "failed": episode.failed,
         "stop_reason": episode.stop_reason.value,
         "answer": None if episode.answer is None else storable(episode.answer),
+        **scores,
+        "turns": len(episode.turns),
+        "searches": sum(len(call.results) for call in calls) + (given is not None),
+        "calls": len(calls),
+        "malformed_calls": sum(call.problem is not None for call in calls),
+        "prompt_tokens": used.prompt,
+        "cached_prompt_tokens": used.cached,
+        "sampled_tokens": used.sampled,
+        "seconds": float(episode.seconds),
+        "sampling_seconds": float(sum(turn.seconds for turn in episode.turns)),
+        "search_seconds": float(sum(call.seconds for call in calls) + (given.seconds if given is not None else 0.0)),
+        "answer_in_passage": seen,
+        "gold_recall": _gold_recall(episode),
+        "outcome": _outcome(episode, scores, seen),
+        "hop": _whole_number(question.metadata.get("hop")),
+        "judged": None,
     }
 
 
 def _scores(episode: Episode) -> dict[str, Any]:
-    seen = answer_in_passage(episode)
-    out: dict[str, Any] = {"answer_in_passage": seen, "gold_recall": _gold_recall(episode)}
-    if episode.failed:
-        return out | dict.fromkeys(METRICS) | {"outcome": "failed"}
-    parts, answer, golden = episode.reward_parts, episode.answer, episode.question.golden_answers
-    scores = {
-        "exact_match": _part(parts, "correct", lambda: exact_match(answer, golden)),
-        "f1": _part(parts, "f1", lambda: f1(answer, golden)),
-        "cover_match": _part(parts, "cover", lambda: cover_match(answer, golden)),
-        "format": _part(parts, "format", lambda: float(answer is not None)),
+    answer, golden = episode.answer, episode.question.golden_answers
+    computed: dict[str, tuple[str, Callable[[], float]]] = {
+        "exact_match": ("correct", lambda: exact_match(answer, golden)),
+        "f1": ("f1", lambda: f1(answer, golden)),
+        "cover_match": ("cover", lambda: cover_match(answer, golden)),
+        "format": ("format", lambda: float(answer is not None)),
     }
-    return out | scores | {"outcome": _outcome(episode, scores, seen)}
+    parts = {name: value for name, value in episode.reward_parts.items() if value is not None and math.isfinite(value)}
+    return {name: float(parts[part]) if part in parts else compute() for name, (part, compute) in computed.items()}
 
 
-def _outcome(episode: Episode, scores: Mapping[str, float], seen: bool) -> Outcome:
+def _outcome(episode: Episode, scores: Mapping[str, Any], seen: bool) -> Outcome:
+    if episode.failed:
+        return "failed"
     if scores["exact_match"] >= RIGHT:
         return "right_seen" if seen else "right_unseen"
     # Strict scoring may reject an answer that the episode parsed: its format part says so.
@@ -145,23 +141,6 @@ def _outcome(episode: Episode, scores: Mapping[str, float], seen: bool) -> Outco
     return "search_failed" if searched else "no_search"
 
 
-def _costs(episode: Episode) -> dict[str, Any]:
-    calls, given = episode.calls, episode.given
-    used = sampling_usage(episode)
-    return {
-        "turns": len(episode.turns),
-        "searches": sum(len(call.results) for call in calls) + (given is not None),
-        "calls": len(calls),
-        "malformed_calls": sum(call.problem is not None for call in calls),
-        "prompt_tokens": used.prompt,
-        "cached_prompt_tokens": used.cached,
-        "sampled_tokens": used.sampled,
-        "seconds": float(episode.seconds),
-        "sampling_seconds": float(sum(turn.seconds for turn in episode.turns)),
-        "search_seconds": float(sum(call.seconds for call in calls) + (given.seconds if given is not None else 0.0)),
-    }
-
-
 def _gold_recall(episode: Episode) -> float | None:
     wanted = episode.question.metadata.get("gold_passages")
     if isinstance(wanted, str | int):
@@ -170,11 +149,6 @@ def _gold_recall(episode: Episode) -> float | None:
     if not gold:
         return None
     return len(gold & {passage.id for passage in passages_shown(episode)}) / len(gold)
-
-
-def _part(parts: Mapping[str, float], name: str, computed: Any) -> float:
-    value = parts.get(name)
-    return float(value) if value is not None and math.isfinite(value) else computed()
 
 
 def _whole_number(value: object) -> int | None:
@@ -191,7 +165,16 @@ COSTS = (
     *("seconds", "sampling_seconds", "search_seconds"),
 )
 """Cost columns; seconds are durations of single episodes that ran concurrently with others."""
-FIGURES = (*METRICS, "judged", "answer_in_passage", "gold_recall", "calls", "malformed_calls", *COSTS)
+SUITE_COSTS = pl.Schema(
+    {
+        "suite": pl.String,
+        "questions": pl.Int64,
+        "episodes": pl.Int64,
+        **dict.fromkeys(COSTS, pl.Float64),  # per question over all its samples, averaged
+        "seconds_p95": pl.Float64,  # per episode
+    }
+)
+FIGURES = (*SCORES, "judged", "answer_in_passage", "gold_recall", "calls", "malformed_calls", *COSTS)
 """Columns of a scores frame that can be averaged."""
 QUESTION = ("suite", "question_id")
 """Key of a question: ids are unique only within a suite."""
@@ -215,37 +198,23 @@ def question_means(scores: pl.DataFrame) -> pl.DataFrame:
 def outcome_frame(scores: pl.DataFrame) -> pl.DataFrame:
     """``suite``, ``outcome``, ``episodes`` and ``share`` (of finished episodes; null for ``failed``, NaN without any) for each
     suite, and for ``all`` if there are several."""
-    frames = []
-    for suite, own in _suites(scores):
-        counts = dict(own.group_by("outcome").len().iter_rows())
-        finished = own.height - counts.get("failed", 0)
-        for outcome in OUTCOMES:
-            count = counts.get(outcome, 0)
-            share = None if outcome == "failed" else count / finished if finished else float("nan")
-            frames.append((suite, outcome, count, share))
-    schema = {"suite": pl.String, "outcome": pl.String, "episodes": pl.Int64, "share": pl.Float64}
-    return pl.DataFrame(frames, schema=schema, orient="row")
+    each = _pooled(scores)
+    grid = each.select("suite").unique(maintain_order=True).join(pl.DataFrame({"outcome": OUTCOMES}), how="cross")
+    counts = each.group_by("suite", "outcome").agg(episodes=pl.len().cast(pl.Int64))
+    finished, episodes = pl.col("outcome") != "failed", pl.col("episodes")
+    counted = grid.join(counts, on=["suite", "outcome"], how="left", maintain_order="left").fill_null(0)
+    return counted.with_columns(share=pl.when(finished).then(episodes / episodes.filter(finished).sum().over("suite")))
 
 
 def cost_frame(scores: pl.DataFrame) -> pl.DataFrame:
-    """Costs of finished episodes: one row per suite (and ``all`` if there are several) and each of :data:`COSTS`.
-
-    Columns ``suite``, ``cost``, ``questions``, ``episodes``, ``total``; ``mean``, ``median`` and ``p95`` per episode; and the
-    same per question over all its samples (``question_mean``, …).
-    """
-    schema = pl.Schema(
-        {"suite": pl.String, "cost": pl.String, "questions": pl.Int64, "episodes": pl.Int64}
-        | {name: pl.Float64 for name in ("total", "mean", "median", "p95")}
-        | {name: pl.Float64 for name in ("question_mean", "question_median", "question_p95")}
+    """Costs of finished episodes, one row per suite, and ``all`` if there are several: :data:`SUITE_COSTS`."""
+    each = _pooled(scores.filter(~pl.col("failed")))
+    asked = each.group_by("suite", "key", maintain_order=True).agg(pl.col(COSTS).sum(), episodes=pl.len())
+    means = asked.group_by("suite", maintain_order=True).agg(
+        pl.len().alias("questions"), pl.col("episodes").sum(), pl.col(COSTS).mean()
     )
-    rows = []
-    for suite, own in _suites(scores.filter(~pl.col("failed"))):
-        asked = own.group_by(*QUESTION).agg(pl.col(*COSTS).sum())
-        for cost in COSTS:
-            each, question = own[cost].cast(pl.Float64), asked[cost].cast(pl.Float64)
-            figures = [value for s in (each, question) for value in (s.mean(), s.median(), s.quantile(0.95, "linear"))]
-            rows.append((suite, cost, asked.height, own.height, each.sum(), *figures))
-    return pl.DataFrame(rows, schema=schema, orient="row")
+    slowest = each.group_by("suite").agg(seconds_p95=pl.col("seconds").quantile(0.95, "linear"))
+    return means.join(slowest, on="suite", maintain_order="left").cast(dict(SUITE_COSTS))  # type: ignore[arg-type]
 
 
 def suites_of(scores: pl.DataFrame) -> tuple[str, ...]:
@@ -253,10 +222,11 @@ def suites_of(scores: pl.DataFrame) -> tuple[str, ...]:
     return tuple(scores["suite"].unique(maintain_order=True).to_list())
 
 
-def _suites(scores: pl.DataFrame) -> list[tuple[str, pl.DataFrame]]:
-    """Rows of each suite, and of ``all`` if there are several."""
-    parts = [(str(suite), own) for (suite,), own in scores.group_by("suite", maintain_order=True)]
-    return [*parts, (ALL_SUITES, scores)] if len(parts) > 1 else parts
+def _pooled(scores: pl.DataFrame) -> pl.DataFrame:
+    """The rows of each suite, again as those of ``all`` if there are several, with the question in ``key``."""
+    own = scores.with_columns(key=pl.struct(QUESTION))
+    is_pooled = own["suite"].n_unique() > 1 and ALL_SUITES not in own["suite"]
+    return pl.concat([own, own.with_columns(suite=pl.lit(ALL_SUITES))]) if is_pooled else own
 
 
 def check_metric(metric: str) -> None:
@@ -274,8 +244,8 @@ def check_suite(suite: str, suites: Sequence[str], label: str) -> None:
 def by_suite(values: pl.DataFrame, suites: Sequence[str]) -> dict[str, Floats]:
     """Per suite, the non-null values of its questions."""
     kept = values.drop_nulls("value").group_by("suite", maintain_order=True).agg("value")
-    found = {str(suite): np.asarray(own, dtype=np.float64) for suite, own in kept.iter_rows()}
-    return {suite: found.get(suite, np.empty(0)) for suite in suites}
+    found = dict(kept.iter_rows())
+    return {suite: np.asarray(found.get(suite, ()), dtype=np.float64) for suite in suites}
 
 
 def estimate_of(values: Mapping[str, Floats], suite: str | None, label: str) -> Estimate:
@@ -284,20 +254,14 @@ def estimate_of(values: Mapping[str, Floats], suite: str | None, label: str) -> 
     A suite that has one of these names takes precedence. Raises :class:`ConfigurationError` for an unknown suite.
     """
     if suite is None or (suite == ALL_SUITES and suite not in values):
-        return _mean(np.concatenate([np.empty(0), *values.values()]))
-    if suite == MACRO and suite not in values:
-        return _macro(values)
-    check_suite(suite, tuple(values), label)
-    return _mean(values[suite])
-
-
-def _macro(values: Mapping[str, Floats]) -> Estimate:
-    means = [float(own.mean()) for own in values.values() if own.size]
-    return Estimate(sum(means) / len(means) if means else math.nan, *macro_interval(list(values.values())))
-
-
-def _mean(values: Floats) -> Estimate:
-    return Estimate(float(values.mean()) if values.size else math.nan, *mean_interval(values))
+        parts = [np.concatenate([np.empty(0), *values.values()])]
+    elif suite == MACRO and suite not in values:
+        parts = list(values.values())
+    else:
+        check_suite(suite, tuple(values), label)
+        parts = [values[suite]]
+    means = [float(own.mean()) for own in parts if own.size]
+    return Estimate(sum(means) / len(means) if means else math.nan, *mean_interval(*parts))
 
 
 FLIP_SCHEMA = pl.Schema(
@@ -335,30 +299,11 @@ def paired_questions(before: pl.DataFrame, after: pl.DataFrame, metric: str) -> 
     )
 
 
-def pooled_difference(pairs: pl.DataFrame, seed: int = 0) -> PairedDifference:
-    """Weights every question equally. ``pairs`` come from :func:`paired_questions`, at least one row."""
-    return difference_of(pairs["difference"].to_numpy(), is_single=bool(pairs["is_single"].all()), seed=seed)
-
-
-def macro_difference(pairs: pl.DataFrame, seed: int = 0) -> PairedDifference:
-    """Weights every suite equally: :func:`macro_difference_of`. ``pairs`` as in :func:`pooled_difference`."""
-    return macro_difference_of(
-        [own["difference"].to_numpy() for _, own in pairs.group_by("suite", maintain_order=True)], seed=seed
-    )
-
-
-def macro_difference_of(suites: Sequence[Floats], *, resamples: int = RESAMPLES, seed: int = 0) -> PairedDifference:
-    """The unweighted mean of the suites' differences (one non-empty array per suite).
-
-    The p-value is from a sign-flip test with questions weighted by suite; the interval is
-    :func:`~searchr1_async.records.statistics.macro_difference_intervals`.
-    """
-    questions = sum(map(len, suites))
-    weighted = np.concatenate([own * (questions / (len(suites) * len(own))) for own in suites])
-    found = difference_of(weighted, is_single=False, resamples=resamples, seed=seed)
-    low, high = macro_difference_intervals(suites)
-    mean = sum(float(own.mean()) for own in suites) / len(suites)
-    return replace(found, mean=mean, interval=Interval(float(low), float(high)))
+def difference_of_pairs(pairs: pl.DataFrame, *, is_macro: bool, seed: int = 0) -> PairedDifference:
+    """The difference over :func:`paired_questions`, at least one: all questions count equally, or all suites if ``is_macro``."""
+    parts = [own for _, own in pairs.group_by("suite", maintain_order=True)] if is_macro else [pairs]
+    differences = [own["difference"].to_numpy() for own in parts]
+    return difference_of(*differences, is_single=not is_macro and bool(pairs["is_single"].all()), seed=seed)
 
 
 def flip_frame(pairs: pl.DataFrame, before: pl.DataFrame, after: pl.DataFrame, metric: str) -> pl.DataFrame:
@@ -366,20 +311,19 @@ def flip_frame(pairs: pl.DataFrame, before: pl.DataFrame, after: pl.DataFrame, m
 
     ``pairs`` come from :func:`paired_questions`, ``before`` and ``after`` are scores frames.
     """
-    changed = pairs.filter(pl.col("difference").abs() > 1e-9)
-    texts = before.unique(list(QUESTION), keep="first").select(*QUESTION, "question", "golden_answers")
+    texts = before.unique(QUESTION, keep="first").select(*QUESTION, "question", "golden_answers")
+    changed = pairs.filter(pl.col("difference").abs() > 1e-9).join(texts, on=QUESTION, how="left")
     parts = []
     for direction, is_gain in (("improved", True), ("worsened", False)):
         own = changed.filter((pl.col("difference") > 0) == is_gain).with_columns(direction=pl.lit(direction))
-        own = own.join(_extreme_sample(before, metric, "before", best=not is_gain), on=list(QUESTION), how="left")
-        parts.append(own.join(_extreme_sample(after, metric, "after", best=is_gain), on=list(QUESTION), how="left"))
-    rows = pl.concat(parts).join(texts, on=list(QUESTION), how="left")
-    rows = rows.sort(pl.col("difference").abs().round(9), *QUESTION, descending=[True, False, False])
-    return rows.select(pl.col(name).cast(dtype) for name, dtype in FLIP_SCHEMA.items())
+        own = own.join(_extreme_sample(before, metric, "before", best=not is_gain), on=QUESTION, how="left")
+        parts.append(own.join(_extreme_sample(after, metric, "after", best=is_gain), on=QUESTION, how="left"))
+    order = [pl.col("difference").abs().round(9), *QUESTION]
+    return pl.concat(parts).sort(order, descending=[True, False, False]).select(FLIP_SCHEMA.names()).cast(FLIP_SCHEMA)  # type: ignore[arg-type]
 
 
 def _extreme_sample(scores: pl.DataFrame, metric: str, side: str, *, best: bool) -> pl.DataFrame:
     """Per question, its first best (or worst) sample."""
     ordered = scores.drop_nulls(metric).sort(metric, "sample", descending=[best, False], maintain_order=True)
-    first = ordered.unique(list(QUESTION), keep="first", maintain_order=True)
+    first = ordered.unique(QUESTION, keep="first", maintain_order=True)
     return first.select(*QUESTION, pl.col("answer").alias(f"{side}_answer"), pl.col("sample").alias(f"{side}_sample"))

@@ -1,20 +1,7 @@
 """Error bars for evaluations. Pure functions of numpy arrays; every resampling is seeded.
 
-``benchmarks/intervals`` measures coverage and false-positive rates by simulation.
-
-Sources:
-    E. B. Wilson (1927), "Probable inference, the law of succession, and statistical inference", JASA 22.
-    Q. McNemar (1947), "Note on the sampling error of the difference between correlated proportions", Psychometrika 12.
-    M. W. Fagerland, S. Lydersen, P. Laake (2013), "The McNemar test for binary matched-pairs data: mid-p and asymptotic are
-    better than exact conditional", BMC Medical Research Methodology 13.
-    D. G. Bonett, R. M. Price (2012), "Adjusted Wald confidence interval for a difference of binomial proportions based on
-    paired data", Journal of Educational and Behavioral Statistics 37.
-    G. Y. Zou, A. Donner (2008), Statistics in Medicine 27: intervals of sums from intervals of their parts.
-    E. L. Korn, B. I. Graubard (1998), Survey Methodology 24: the effective number of trials of clustered proportions.
-    R. A. Fisher (1935), "The Design of Experiments", for the sign-flip permutation test.
-    S. Holm (1979), "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 6.
-    M. Chen et al. (2021), "Evaluating large language models trained on code", arXiv:2107.03374, eq. 1: pass@k.
-    E. Miller (2024), "Adding error bars to evals", arXiv:2411.00640: cluster by question, compare pairwise.
+``benchmarks/intervals`` measures coverage and false-positive rates by simulation. Questions are the clusters, and comparisons are paired
+(E. Miller 2024, "Adding error bars to evals", arXiv:2411.00640).
 """
 
 from __future__ import annotations
@@ -25,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import polars as pl
 from numpy.typing import ArrayLike, NDArray
 
 from searchr1_async.errors import ConfigurationError
@@ -33,12 +21,10 @@ Z_95 = 1.959963984540054
 """The 97.5 % quantile of the standard normal distribution."""
 
 RESAMPLES = 10_000
+_DRAWS = 1000
+"""Sign patterns drawn at once, which bounds memory."""
 _EXACT_FLIPS = 14
 """Enumerates all 2^n sign patterns up to this many changed questions; samples beyond."""
-_CHUNK_CELLS = 2_000_000
-"""Random cells per draw: bounds memory at 16 MB."""
-_T_95 = np.array([math.inf, 12.7062, 4.3027, 3.1824, 2.7764])
-"""97.5 % quantiles of Student's t for 0 to 4 degrees of freedom, where the expansion is too inaccurate."""
 _FULL_CLUSTERING_QUESTIONS = 0.5
 """Prior weight, in questions, of samples always agreeing; see :func:`mean_intervals`."""
 _ROUNDING = 1e-12
@@ -82,7 +68,7 @@ class PairedDifference:
 # --- intervals of means -----------------------------------------------------------------------------------------------
 
 
-def wilson_interval(successes: float, trials: int, z: float = Z_95) -> Interval:
+def wilson_interval(successes: float, trials: int) -> Interval:
     """Wilson's score interval for a proportion (Wilson 1927, eq. 1).
 
     ``successes`` may be fractional. NaN for zero trials.
@@ -94,14 +80,22 @@ def wilson_interval(successes: float, trials: int, z: float = Z_95) -> Interval:
         raise ConfigurationError(f"a proportion needs 0 <= successes <= trials, not {successes} of {trials}")
     if trials == 0:
         return Interval(math.nan, math.nan)
-    low, high = _wilson(np.array(successes / trials), np.array(float(trials)), np.array(z))
-    return Interval(float(low), float(high))
+    return _interval(_wilson(np.array(successes / trials), np.array(float(trials)), np.array(Z_95)))
 
 
-def mean_interval(values: ArrayLike) -> Interval:
-    """95 % interval of the mean over questions; NaN without data. See :func:`mean_intervals`."""
-    low, high = mean_intervals(np.asarray(values, dtype=np.float64))
-    return Interval(float(low), float(high))
+def mean_interval(*suites: ArrayLike) -> Interval:
+    """95 % interval of the mean over questions, NaN without data: :func:`mean_intervals`.
+
+    Of several suites, that of the unweighted mean over suites: :func:`macro_intervals`. Empty suites are excluded.
+    """
+    kept = [values for suite in suites if (values := np.asarray(suite, dtype=np.float64)).size]
+    if not kept:
+        return Interval(math.nan, math.nan)
+    return _interval(mean_intervals(kept[0]) if len(kept) == 1 else macro_intervals(kept))
+
+
+def _interval(ends: tuple[Floats, Floats]) -> Interval:
+    return Interval(*map(float, ends))
 
 
 def mean_intervals(values: Floats) -> tuple[Floats, Floats]:
@@ -124,13 +118,11 @@ def mean_intervals(values: Floats) -> tuple[Floats, Floats]:
     Values outside [0, 1] (a reward, a number of turns) get Student's interval.
     """
     questions = values.shape[-1]
-    if not questions:
-        empty = np.full(values.shape[:-1], math.nan)
-        return empty, empty.copy()
+    is_score = questions and values.min() >= 0 and values.max() <= 1
+    if not questions or (questions == 1 and not is_score):
+        return np.full(values.shape[:-1], math.nan), np.full(values.shape[:-1], math.nan)
     mean = values.mean(axis=-1)
-    if values.min() < 0 or values.max() > 1:
-        if questions == 1:
-            return np.full_like(mean, math.nan), np.full_like(mean, math.nan)
+    if not is_score:
         half = _t_95(questions - 1) * values.std(axis=-1, ddof=1) / math.sqrt(questions)
         return mean - half, mean + half
     mean = mean.clip(0.0, 1.0)
@@ -147,23 +139,11 @@ def mean_intervals(values: Floats) -> tuple[Floats, Floats]:
     return _wilson(mean, questions / ratio, z)
 
 
-def macro_interval(suites: Sequence[ArrayLike]) -> Interval:
-    """95 % interval of the unweighted mean over suites; NaN without data. Empty suites are excluded.
+def macro_intervals(suites: Sequence[Floats]) -> tuple[Floats, Floats]:
+    """95 % intervals of the unweighted mean over suites, each of shape ``[…, questions]``, none empty.
 
     Combines the suites' own intervals by adding the squared distances to their ends (Zou & Donner 2008).
-
-    Args:
-        suites: the questions' scores of each suite.
     """
-    kept = [values for suite in suites if (values := np.asarray(suite, dtype=np.float64)).size]
-    if not kept:
-        return Interval(math.nan, math.nan)
-    low, high = macro_intervals(kept)
-    return Interval(float(low), float(high))
-
-
-def macro_intervals(suites: Sequence[Floats]) -> tuple[Floats, Floats]:
-    """Batched :func:`macro_interval`: each suite has shape ``[…, questions]``, none is empty."""
     means = np.array([suite.mean(axis=-1) for suite in suites])
     ends = [mean_intervals(suite) for suite in suites]
     below = means - np.array([low for low, _ in ends])
@@ -194,57 +174,48 @@ def pass_at_k(samples: ArrayLike, right: ArrayLike, k: int) -> Floats:
 # --- paired comparison ------------------------------------------------------------------------------------------------
 
 
-def difference_of(
-    difference_q: Floats, *, is_single: bool, resamples: int = RESAMPLES, seed: int = 0
-) -> PairedDifference:
+def difference_of(*suites: Floats, is_single: bool, resamples: int = RESAMPLES, seed: int = 0) -> PairedDifference:
     """Compares two evaluations of the same questions (Miller 2024, §4: pairing removes between-question variance).
 
     Args:
-        difference_q: per question, its mean score after less that before, shape ``[questions]``, at least one.
+        suites: per question, its mean score after less that before, shape ``[questions]``, at least one. Several suites have
+            equal weights; to pool their questions, pass them as one.
         is_single: each side has one 0/1 sample per question, so differences are -1, 0 or 1.
         resamples: number of sampled sign flips.
         seed: seed of the sampled sign flips.
 
-    The p-value is McNemar's mid-p (Fagerland et al. 2013) if ``is_single``, otherwise that of a sign-flip permutation test
-    (Fisher 1935), exact up to 14 changed questions. The interval is :func:`difference_intervals`.
+    The p-value is McNemar's mid-p (Fagerland et al. 2013) for one suite if ``is_single``, otherwise that of a sign-flip permutation
+    test (Fisher 1935), exact up to 14 changed questions. The interval is :func:`difference_intervals`.
     """
-    difference_q = np.where(np.abs(difference_q) <= _ROUNDING, 0.0, difference_q)
+    suites = tuple(np.where(np.abs(own) <= _ROUNDING, 0.0, own) for own in suites)
+    difference_q = np.concatenate(suites)
     improved, worsened = int((difference_q > 0).sum()), int((difference_q < 0).sum())
-    if is_single:
+    if is_single and len(suites) == 1:
         method, p_value = "mcnemar-midp", mcnemar_p_value(improved, worsened)
     else:
         method = "sign-flip-exact" if improved + worsened <= _EXACT_FLIPS else "sign-flip"
-        p_value = sign_flip_p_value(difference_q, resamples, np.random.default_rng(seed))
-    low, high = difference_intervals(difference_q)
-    interval = Interval(float(low), float(high))
-    return PairedDifference(
-        float(difference_q.mean()), interval, p_value, len(difference_q), improved, worsened, method
-    )
+        weighted = np.concatenate([own * (len(difference_q) / (len(suites) * len(own))) for own in suites])
+        p_value = sign_flip_p_value(weighted, resamples, np.random.default_rng(seed))
+    mean, interval = float(np.mean([own.mean() for own in suites])), _interval(difference_intervals(*suites))
+    return PairedDifference(mean, interval, p_value, len(difference_q), improved, worsened, method)
 
 
-def difference_intervals(difference: Floats) -> tuple[Floats, Floats]:
-    """95 % intervals of mean differences, clipped to [-1, 1] if all differences are within it.
+def difference_intervals(*suites: Floats) -> tuple[Floats, Floats]:
+    """95 % intervals of mean differences, or of the unweighted mean over several suites, within [-1, 1] if all differences are.
 
     Args:
-        difference: shape ``[…, questions]``, at least one question.
+        suites: shape ``[…, questions]``, at least one question each.
 
     Student's interval with one pseudo-question added, changed by the typical amount (by 1 if nothing changed), half up and
     half down; after Bonett & Price (2012), who add two. An unchanged comparison therefore keeps a non-zero width.
-    """
-    return _within(difference, *_centre_and_half(difference), difference.mean(axis=-1))
-
-
-def macro_difference_intervals(suites: Sequence[Floats]) -> tuple[Floats, Floats]:
-    """95 % intervals of the unweighted mean over suites, combined from :func:`difference_intervals`.
-
-    Args:
-        suites: per suite, its questions' differences, shape ``[…, questions]``; none empty.
     """
     parts = [_centre_and_half(own) for own in suites]
     centre = np.mean([centre for centre, _ in parts], axis=0)
     half = np.sqrt(np.sum([half**2 for _, half in parts], axis=0)) / len(suites)
     mean = np.mean([own.mean(axis=-1) for own in suites], axis=0)
-    return _within(np.concatenate([own.ravel() for own in suites]), centre, half, mean)
+    low, high = np.minimum(centre - half, mean), np.maximum(centre + half, mean)
+    bounded = all(np.abs(own).max() <= 1 for own in suites)
+    return (low.clip(-1, 1), high.clip(-1, 1)) if bounded else (low, high)
 
 
 def _centre_and_half(difference: Floats) -> tuple[Floats, Floats]:
@@ -257,30 +228,19 @@ def _centre_and_half(difference: Floats) -> tuple[Floats, Floats]:
     return centre, _t_95(max(questions - 1, 1)) * np.sqrt(variance / (questions + 1))
 
 
-def _within(differences: Floats, centre: Floats, half: Floats, mean: Floats) -> tuple[Floats, Floats]:
-    low, high = np.minimum(centre - half, mean), np.maximum(centre + half, mean)
-    bounded = np.abs(differences).max() <= 1
-    return (low.clip(-1, 1), high.clip(-1, 1)) if bounded else (low, high)
-
-
 def mcnemar_p_value(improved: int, worsened: int, *, mid_p: bool = True) -> float:
     """McNemar's two-sided p-value: under the null hypothesis, changed questions are a fair coin.
 
-    Args:
-        improved: questions wrong before and right after.
-        worsened: questions right before and wrong after.
-        mid_p: count the observed outcome by half (Fagerland et al. 2013); the exact test is too conservative.
+    ``mid_p`` counts the observed outcome by half (Fagerland et al. 2013); the exact test is too conservative.
     """
-    changed = improved + worsened
+    from scipy.special import bdtr
+
+    changed, fewer = improved + worsened, min(improved, worsened)
     if changed == 0:
         return 1.0
-    # Integer sums divided once are exact for any number of questions; each term follows from the previous one.
-    tail = term = 1
-    for count in range(min(improved, worsened)):
-        term = term * (changed - count) // (count + 1)
-        tail += term
-    doubled = 2 * tail - term if mid_p else 2 * tail
-    return min(1.0, doubled / 2**changed)
+    at_most = bdtr(fewer, changed, 0.5)
+    other_tail = bdtr(fewer - 1, changed, 0.5) if fewer else 0.0
+    return min(1.0, float(at_most + (other_tail if mid_p else at_most)))
 
 
 def sign_flip_p_value(
@@ -305,21 +265,18 @@ def sign_flip_p_value(
     # Differences of equal size flip together: the number of positive ones is binomial.
     sizes, counts = np.unique(np.abs(changed_c).round(12), return_counts=True)
     hits = 0
-    for draws in _chunks(resamples, len(sizes)):
+    for first in range(0, resamples, _DRAWS):
+        draws = min(_DRAWS, resamples - first)
         sums = (2 * rng.binomial(counts, 0.5, size=(draws, len(sizes))) - counts) @ sizes
         hits += int((np.abs(sums) >= observed).sum())
     return (hits + 1) / (resamples + 1)  # includes the observed pattern, so p is never 0
 
 
-def holm_correction(p_values: Sequence[float]) -> list[float]:
-    """Holm-adjusted p-values in input order (family-wise error; Holm 1979). NaN stays NaN and is not counted."""
-    order = sorted((i for i, p in enumerate(p_values) if not math.isnan(p)), key=lambda i: p_values[i])
-    adjusted = list(p_values)
-    largest = 0.0
-    for rank, index in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * p_values[index]))
-        adjusted[index] = largest
-    return adjusted
+def holm_adjusted(p_value: str) -> pl.Expr:
+    """Holm-adjusted p-values of this column (family-wise error; Holm 1979)."""
+    own = pl.col(p_value)
+    largest = (own.sort() * pl.int_range(pl.len(), 0, -1)).cum_max().clip(upper_bound=1.0)
+    return largest.gather(own.rank("ordinal") - 1)
 
 
 def _wilson(share: Floats, trials: Floats, z: Floats) -> tuple[Floats, Floats]:
@@ -333,19 +290,7 @@ def _wilson(share: Floats, trials: Floats, z: Floats) -> tuple[Floats, Floats]:
 
 
 def _t_95(degrees: int) -> float:
-    """97.5 % quantile of Student's t: Cornish-Fisher expansion, exact to 0.001."""
-    if degrees < len(_T_95):
-        return float(_T_95[degrees])
-    z, n = Z_95, degrees
-    return (
-        z
-        + (z**3 + z) / (4 * n)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
-        + (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * n**4)
-    )
+    """97.5 % quantile of Student's t."""
+    from scipy.special import stdtrit
 
-
-def _chunks(total: int, width: int) -> list[int]:
-    size = max(1, _CHUNK_CELLS // max(width, 1))
-    return [min(size, total - start) for start in range(0, total, size)]
+    return float(stdtrit(degrees, 0.975))

@@ -10,28 +10,26 @@ import itertools
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
 
 from searchr1_async.billing import TokenUsage, total_usage
 from searchr1_async.boundary.paths import raise_limit
-from searchr1_async.boundary.waits import usable_cores
 from searchr1_async.config import SamplingSettings
 from searchr1_async.episodes.formats import Dialect
 from searchr1_async.episodes.play import SearchTool
-from searchr1_async.episodes.reward import RewardFunction, score
+from searchr1_async.episodes.rewards import RewardFunction, score
 from searchr1_async.episodes.types import Episode, Group, Passage, Question
 from searchr1_async.errors import TooManyFailuresError
 from searchr1_async.events import Emit, EpisodeFinished, Notice, RolloutSampled, emit_nothing
+from searchr1_async.rollout.elastic import open_player
 from searchr1_async.rollout.event_loop import Pulse, PulseReading, rare_collections
-from searchr1_async.rollout.gate import GateStatistics, SampleGate, gate_metrics
+from searchr1_async.rollout.gate import SampleGate, gate_metrics
 from searchr1_async.rollout.limit import LimitSettings, SampleLimit
+from searchr1_async.rollout.messages import WorkerSpec
 from searchr1_async.rollout.player import GroupPlayer, GroupPolicy, GroupTask, LocalPlayer
-from searchr1_async.rollout.workers.elastic import ElasticPlayer
-from searchr1_async.rollout.workers.messages import WorkerSpec
-from searchr1_async.rollout.workers.pool import WorkerPool
 
 
 @dataclass(slots=True)
@@ -44,11 +42,7 @@ class FailureBudget:
     last_error: str = ""
 
     def record(self, episode: Episode) -> None:
-        """Counts a finished episode.
-
-        Raises:
-            TooManyFailuresError: more than ``max_fraction`` of the planned episodes have failed.
-        """
+        """Counts a finished episode."""
         if not episode.failed:
             return
         self.failed += 1
@@ -74,18 +68,80 @@ class GroupToPlay:
     """Called with the member number and scored episode as each member finishes; must not block."""
 
 
-@dataclass(slots=True)
-class PlayTally:
-    """Counts of an engine's groups, episodes and searches."""
+TELL_EVERY = 0.25
+"""Seconds between events."""
+SEARCH_EVERY = 4
+"""Events per update of the search metrics, whose percentiles are slower to compute."""
 
+
+def usage_of(player: GroupPlayer) -> TokenUsage:
+    """Tokens used by all of a player's processes, exited ones included."""
+    return total_usage((player.gone, *(gate.usage for gate in player.gates)))
+
+
+@dataclass(slots=True)
+class Telemetry:
+    """What an engine is doing: counts that it keeps, emitted with the state of its processes."""
+
+    emit: Emit = field(default=emit_nothing)
+    search_metrics: Callable[[], Mapping[str, float]] = field(default=dict)
     groups: int = 0
-    """In progress."""
+    """In progress, like episodes and searches."""
     episodes: int = 0
-    """In progress."""
-    finished: int = 0
-    """Total finished episodes."""
     searching: int = 0
-    """Unanswered searches."""
+    finished: int = 0
+    """Episodes."""
+    pulse: PulseReading = field(default_factory=lambda: PulseReading(1.0, 0.0, 0.0, 0.0, 0.0))
+    """Latest reading of the event loop."""
+    searched: Mapping[str, float] = field(default_factory=dict)
+    """Latest metrics of the search."""
+
+    async def tell(self, player: GroupPlayer) -> None:
+        """Emits the current state until cancelled."""
+        for turn in itertools.count():
+            self.tell_once(player, with_search=turn % SEARCH_EVERY == 0)
+            await anyio.sleep(TELL_EVERY)
+
+    def tell_once(self, player: GroupPlayer, *, with_search: bool = True) -> None:
+        """Emits the current state; without a search with its metrics as they were."""
+        if with_search:
+            self.searched = self.search_metrics()
+        pulse, gates, used = self.pulse, player.gates, usage_of(player)
+        # Report the cause of the busiest process, which is the bottleneck.
+        busiest = max(gates, key=lambda gate: gate.waiting, default=None)
+        self.emit(
+            RolloutSampled(
+                episodes=self.episodes,
+                sampling=sum(gate.in_flight for gate in gates),
+                queued=sum(gate.waiting for gate in gates),
+                searching=self.searching,
+                groups=self.groups,
+                finished_episodes=self.finished,
+                prompt_tokens=used.prompt,
+                sampled_tokens=used.sampled,
+                cached_prompt_tokens=used.cached,
+                search=self.searched,
+                limited_by="" if busiest is None else busiest.cause.value,
+                loop_lag_p50=pulse.lag_p50,
+                loop_lag_p99=pulse.lag_p99,
+                loop_lag_max=pulse.lag_max,
+                cpu=pulse.cpu,
+                is_paused=bool(gates) and all(gate.is_paused for gate in gates),
+            )
+        )
+
+
+def counted(search: SearchTool, telemetry: Telemetry) -> SearchTool:
+    """The search; its unanswered calls are counted in ``telemetry``."""
+
+    async def search_counted(queries: Sequence[str]) -> Sequence[Sequence[Passage]]:
+        telemetry.searching += 1
+        try:
+            return await search(queries)
+        finally:
+            telemetry.searching -= 1
+
+    return search_counted
 
 
 @dataclass(frozen=True)
@@ -99,26 +155,21 @@ class RolloutEngine:
     group_size: int
     max_failed_fraction: float = 1.0
     emit: Emit = field(default=emit_nothing)
-    metrics: Callable[[], Mapping[str, float]] = field(default=dict)
-    """Rollout metrics (``rollout/…``, ``loop/…``) since the last call."""
-    tally: PlayTally = field(default_factory=PlayTally)
-    usage: Callable[[], TokenUsage] = field(default=TokenUsage)
-    """Tokens used since the engine was opened, evaluations included. Worker counts lag by up to a second, and exact once the
-    workers are idle."""
+    pulse: Pulse | None = None
+    telemetry: Telemetry = field(default_factory=Telemetry)
+
+    def metrics(self) -> dict[str, float]:
+        """Rollout metrics (``rollout/…``, ``loop/…``) since the last call."""
+        loop = {} if self.pulse is None else self.pulse.take().metrics()
+        return {**gate_metrics(self.player.gates), **loop, **self.player.metrics()}
+
+    def usage(self) -> TokenUsage:
+        """Tokens used since the engine was opened, evaluations and exited workers included. Worker counts lag by up to a second, and
+        are exact once the workers are idle."""
+        return usage_of(self.player)
 
     async def play_groups(self, groups: Iterable[GroupToPlay]) -> None:
-        """Rolls out groups in order, as many at once as the limit allows; reports each as it completes.
-
-        Cancelling this cancels every episode.
-
-        Args:
-            groups: consumed lazily, when there is room for another group.
-
-        Raises, within an exception group:
-            TooManyFailuresError: too many episodes failed.
-            SearchError: the search failed fatally (``is_fatal``).
-            RewardError: the reward function failed.
-        """
+        """Rolls out groups in order, each taken when the limit on episodes has room; reports each as it completes."""
         slots = anyio.Semaphore(self.groups_in_flight)
 
         async def one(group: GroupToPlay) -> None:
@@ -169,14 +220,8 @@ class RolloutEngine:
         step: int = 0,
         on_episode: Callable[[int, Episode], None] | None = None,
     ) -> Group:
-        """Rolls out one question's group; returns the finished members if it is cut.
-
-        Args:
-            step: step number for its events.
-            on_episode: see :attr:`GroupToPlay.on_episode`.
-        """
-
-        tally, members = self.tally, len(task.members)
+        """Rolls out one question's group; returns the finished members if it is cut."""
+        tally, members = self.telemetry, len(task.members)
 
         async def finished(member: int, episode: Episode) -> None:
             if episode.is_complete:
@@ -210,88 +255,6 @@ class RolloutEngine:
         return (self.sampling.seed * 1_000_003 + zlib.crc32(f"{key}/{question.id}".encode())) % 2**31
 
 
-NOTHING = TokenUsage()
-TELL_EVERY = 0.25
-"""Seconds between events."""
-SEARCH_EVERY = 4
-"""Events per update of the search metrics, whose percentiles are slower to compute."""
-
-
-def usage_of_gates(gates: Sequence[GateStatistics], gone: TokenUsage = NOTHING) -> TokenUsage:
-    """Tokens of everything that passed these gates, plus ``gone``: the usage of workers that exited."""
-    return total_usage((gone, *(gate.usage for gate in gates)))
-
-
-def counted(search: SearchTool, tally: PlayTally) -> SearchTool:
-    """The search; its unanswered calls are counted in ``tally``."""
-
-    async def search_counted(queries: Sequence[str]) -> Sequence[Sequence[Passage]]:
-        tally.searching += 1
-        try:
-            return await search(queries)
-        finally:
-            tally.searching -= 1
-
-    return search_counted
-
-
-class PlayReading:
-    """Emits rollout telemetry.
-
-    Args:
-        tally: counts of the engine.
-        search_metrics: returns its totals.
-    """
-
-    def __init__(self, emit: Emit, tally: PlayTally, search_metrics: Callable[[], Mapping[str, float]]) -> None:
-        self._emit, self._tally, self._search_metrics = emit, tally, search_metrics
-        self.pulse = PulseReading(1.0, 0.0, 0.0, 0.0, 0.0)
-        """Latest reading of the event loop."""
-        self._searched: Mapping[str, float] = {}
-
-    async def tell(self, look: Callable[[], RolloutSampled]) -> None:
-        """Emits the result of ``look`` until cancelled."""
-        for turn in itertools.count():
-            if turn % SEARCH_EVERY == 0:
-                self.look_at_search()
-            self._emit(look())
-            await anyio.sleep(TELL_EVERY)
-
-    def look_at_search(self) -> None:
-        """Updates the search totals used by :meth:`read`."""
-        self._searched = self._search_metrics()
-
-    def read(self, gates: Sequence[GateStatistics], gone: TokenUsage = NOTHING) -> RolloutSampled:
-        """The current state.
-
-        Args:
-            gates: gates of all rollout processes.
-            gone: usage of workers that exited.
-        """
-        tally, pulse = self._tally, self.pulse
-        used = usage_of_gates(gates, gone)
-        # Report the cause of the busiest process, which is the bottleneck.
-        busiest = max(gates, key=lambda gate: gate.waiting, default=None)
-        return RolloutSampled(
-            episodes=tally.episodes,
-            sampling=sum(gate.in_flight for gate in gates),
-            queued=sum(gate.waiting for gate in gates),
-            searching=tally.searching,
-            groups=tally.groups,
-            finished_episodes=tally.finished,
-            prompt_tokens=used.prompt,
-            sampled_tokens=used.sampled,
-            cached_prompt_tokens=used.cached,
-            search=self._searched,
-            limited_by="" if busiest is None else busiest.cause.value,
-            loop_lag_p50=pulse.lag_p50,
-            loop_lag_p99=pulse.lag_p99,
-            loop_lag_max=pulse.lag_max,
-            cpu=pulse.cpu,
-            is_paused=bool(gates) and all(gate.is_paused for gate in gates),
-        )
-
-
 @asynccontextmanager
 async def open_engine(
     spec: WorkerSpec,
@@ -308,73 +271,27 @@ async def open_engine(
     """Opens an engine that runs in this process, or in workers as set by ``sampling.workers``.
 
     While open, it emits :class:`~searchr1_async.events.RolloutSampled` at 4 Hz.
-
-    Args:
-        spec: rollout configuration, the same for all processes.
-        tokenizer: the loaded tokenizer of ``spec``.
-        search_metrics: search totals to emit.
-
-    Raises:
-        ModelError: the format or renderer is unknown.
-        ServiceError: a worker did not start.
     """
-    dialect = spec.dialect(tokenizer)
     files, bounds = raise_limit(), LimitSettings(most=sampling.max_episodes_in_flight)
     if (warning := files.warning(min(bounds.most, bounds.most_requests))) is not None:
         emit(Notice(warning, is_warning=True))
-    gate = SampleGate(SampleLimit(bounds.within(files)))
-    tally = PlayTally()
-    search = counted(search, tally)
+    telemetry, gate = Telemetry(emit, search_metrics), SampleGate(SampleLimit(bounds.within(files)))
+    dialect, search = spec.dialect(tokenizer), counted(search, telemetry)
     local = LocalPlayer(dialect, search, spec.limits, gate, spec.first_turn, spec.method)
-    reading = PlayReading(emit, tally, search_metrics)
 
     def hear(pulse: PulseReading) -> None:
         gate.client_is(pulse)
-        reading.pulse = pulse
+        telemetry.pulse = pulse
 
     with rare_collections():
         async with (
             Pulse(hear) as pulse,
-            _open_player(local, gate, spec, search, sampling) as player,
+            open_player(local, gate, spec, search, sampling) as player,
             anyio.create_task_group() as tasks,
         ):
-
-            def metrics() -> Mapping[str, float]:
-                return {**gate_metrics(player.gates), **pulse.take().metrics(), **player.metrics()}
-
-            def look() -> RolloutSampled:
-                return reading.read(player.gates, player.gone)
-
-            tasks.start_soon(reading.tell, look)
+            tasks.start_soon(telemetry.tell, player)
             yield RolloutEngine(
-                dialect,
-                player,
-                sampling,
-                reward,
-                group_size,
-                max_failed_fraction,
-                emit,
-                metrics,
-                tally,
-                usage=lambda: usage_of_gates(player.gates, player.gone),
+                *(dialect, player, sampling, reward, group_size, max_failed_fraction, emit, pulse, telemetry)
             )
             tasks.cancel_scope.cancel()
-            reading.look_at_search()
-            emit(look())  # final totals
-
-
-@asynccontextmanager
-async def _open_player(
-    local: LocalPlayer, gate: SampleGate, spec: WorkerSpec, search: SearchTool, sampling: SamplingSettings
-) -> AsyncIterator[LocalPlayer | WorkerPool | ElasticPlayer]:
-    if sampling.workers == 1:
-        yield local
-        return
-    processes = usable_cores() if sampling.workers == "auto" else sampling.workers
-    spec = replace(spec, samples=LimitSettings(most=max(1, sampling.max_episodes_in_flight // processes)))
-    if sampling.workers == "auto":
-        async with WorkerPool(spec, search, count=0) as pool, ElasticPlayer(local, gate, pool, grows=True) as elastic:
-            yield elastic
-    else:
-        async with WorkerPool(spec, search, count=sampling.workers) as pool:
-            yield pool
+            telemetry.tell_once(player)

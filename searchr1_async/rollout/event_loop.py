@@ -215,7 +215,7 @@ def rare_collections() -> Iterator[None]:
 
 
 PIECES = 4
-"""Pieces per loop iteration. Parsing a turn or rendering passages takes 0.5 to 2 ms, so an iteration stays below 10 ms."""
+"""Pieces per loop iteration, so that an iteration stays below 10 ms."""
 
 
 class LoopTurns:

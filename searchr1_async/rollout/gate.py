@@ -1,18 +1,10 @@
-"""Admission of sampling requests: as many as the service and this process can handle, later turns first.
-
-It also detects back-pressure from the service, which the SDK hides. On "too many requests" (429) the SDK delays all samples of its
-session by 1 to 5 s, and on "paused for capacity" it retries; callers see only longer waits. It leaves two traces: the session
-holder's back-off time, and the queue-state callback of a sampling client. Both are SDK internals: if one is missing the other is
-used, and without both nothing is detected.
-"""
+"""Admission of sampling requests: as many as the service and this process can handle, later turns first."""
 
 from __future__ import annotations
 
 import heapq
 import itertools
-import threading
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -21,69 +13,9 @@ from typing import Any
 import anyio
 
 from searchr1_async.billing import TokenUsage
+from searchr1_async.boundary.compat import PushBackProbe
 from searchr1_async.rollout.event_loop import PulseReading
-from searchr1_async.rollout.first_turn import Sharing
 from searchr1_async.rollout.limit import Cause, Flight, SampleLimit
-
-HOLDER_FIELD = "_sample_backoff_until"
-OBSERVER = "on_queue_state_change"
-PAUSED = "PAUSED_CAPACITY"
-"""Queue state of a service short of capacity. (Fewer samples do not help with PAUSED_RATE_LIMIT, which limits the number of
-weights sampled from.)"""
-
-
-class PushBackProbe:
-    """Watches the sampling clients of this process. Call :meth:`watch` and :meth:`take` on one thread."""
-
-    def __init__(self) -> None:
-        self._holders: dict[int, tuple[weakref.ref[Any], Any]] = {}
-        """By identity: the holder and its last seen back-off time."""
-        # The SDK reports queue states on its own thread.
-        self._paused = threading.Event()
-
-    def watch(self, client: Any) -> None:
-        """Adds a sampling client; clients are dropped when garbage-collected."""
-        holder = getattr(client, "holder", None)
-        if holder is not None and id(holder) not in self._holders:
-            try:
-                number = id(holder)
-                reference = weakref.ref(holder, lambda _: self._holders.pop(number, None))
-            except TypeError:  # not weakly referenceable, and must not be kept alive
-                pass
-            else:
-                self._holders[number] = (reference, getattr(holder, HOLDER_FIELD, None))
-        self._listen(client)
-
-    def take(self) -> bool:
-        """Whether the service pushed back since the last call."""
-        pushed = self._paused.is_set()
-        if pushed:
-            self._paused.clear()
-        for number, (reference, seen) in list(self._holders.items()):
-            now = getattr(reference(), HOLDER_FIELD, None)
-            if now != seen:
-                self._holders[number] = (reference, now)
-                pushed = pushed or now is not None
-        return pushed
-
-    def _listen(self, client: Any) -> None:
-        """Wraps the client's queue-state callback."""
-        if not callable(getattr(client, OBSERVER, None)) or OBSERVER in getattr(client, "__dict__", {OBSERVER: None}):
-            return
-        paused, kind = self._paused, type(client)
-        try:
-            reference = weakref.ref(client)  # a strong reference would be a cycle that keeps old clients alive
-        except TypeError:
-            return
-
-        def observe(queue_state: Any, queue_state_reason: str | None) -> None:
-            if getattr(queue_state, "name", "") == PAUSED:
-                paused.set()
-            if (owner := reference()) is not None:
-                getattr(kind, OBSERVER)(owner, queue_state, queue_state_reason)
-
-        setattr(client, OBSERVER, observe)
-
 
 LOOK_EVERY = 0.25
 """Seconds between checks for back-pressure. The SDK backs off for at least 1 s, so none is missed."""
@@ -100,38 +32,23 @@ class GateStatistics:
     waiting: int
     """Samples waiting for admission."""
     limit: int
-    """Current maximum of samples in flight."""
+    """Samples that may be in flight."""
     cause: Cause
     saturated_seconds: float
     """How long this process has been saturated without a break; 0 if it is not."""
     samples: int
     """Total samples."""
-    tokens: int
-    """Total sampled tokens."""
-    prompt_tokens: int
-    """Prompt tokens of all requests sent; a shared prompt counts once per sample."""
-    cached_prompt_tokens: int
-    """Part of ``prompt_tokens`` billed as cache hits: as reported by the service, plus the prompts of all but the first sample of a
-    request. Counted as 0 for failed or cancelled requests."""
+    usage: TokenUsage
+    """Billed tokens of everything that passed the gate: a shared prompt counts once per sample, cached for all but the first."""
     failed: int
     """Samples that failed at the service."""
     push_backs: int
     """Number of checks that saw new back-pressure from the service."""
-    groups: int
-    """Groups whose first turns were scheduled by ``first_turn="auto"``."""
-    split_groups: int
-    """Those of ``groups`` that were sent as one request per member."""
     is_paused: bool
-
-    @property
-    def usage(self) -> TokenUsage:
-        """Billed tokens of everything that passed the gate."""
-        return TokenUsage(self.prompt_tokens, self.cached_prompt_tokens, self.tokens)
 
 
 def gate_metrics(gates: Sequence[GateStatistics]) -> dict[str, float]:
-    """Rollout metrics summed over the gates of all processes; ``rollout/limited_by/<cause>`` is the fraction of gates with that
-    cause."""
+    """Rollout metrics of the gates of all processes."""
     return {
         "rollout/samples_in_flight": float(sum(gate.in_flight for gate in gates)),
         "rollout/samples_waiting": float(sum(gate.waiting for gate in gates)),
@@ -143,37 +60,26 @@ def gate_metrics(gates: Sequence[GateStatistics]) -> dict[str, float]:
         "rollout/samples": float(sum(gate.samples for gate in gates)),
         "rollout/failed_samples": float(sum(gate.failed for gate in gates)),
         "rollout/push_backs": float(sum(gate.push_backs for gate in gates)),
-        "rollout/split_groups": float(sum(gate.split_groups for gate in gates)),
     }
 
 
+@dataclass(eq=False, slots=True)
 class Slot:
     """Permission to send one request, as an async context manager. Created by :meth:`SampleGate.slot`; use it once."""
 
-    __slots__ = (
-        "_admitted",
-        "_cached",
-        "_delay",
-        "_flight",
-        "_gate",
-        "_tokens",
-        "_wanted",
-        "samples",
-        "turn",
-        "yields",
-    )
-
-    def __init__(self, gate: SampleGate, samples: int, turn: int, tokens: int, yields: bool) -> None:
-        self.samples = samples
-        self.turn = turn
-        self.yields = yields
-        self._gate = gate
-        self._wanted = tokens
-        self._flight: Flight | None = None
-        self._admitted: anyio.Event | None = None
-        self._delay = 0.0
-        self._tokens = 0
-        self._cached = 0
+    _gate: SampleGate
+    samples: int
+    turn: int
+    _wanted: int
+    """Tokens of its prompt."""
+    yields: bool
+    _flight: Flight | None = None
+    """Once admitted."""
+    _admitted: anyio.Event | None = None
+    """While it waits."""
+    _tokens: int = 0
+    """Sampled."""
+    _cached: int = 0
 
     def finished(self, tokens: Sequence[int], cached_prompt_tokens: int = 0) -> None:
         """Reports the service's answer.
@@ -205,35 +111,17 @@ class SampleGate:
     Requests that yield (an evaluation during training) come after all others.
 
     Use it in one event loop; it may be created outside of one.
-
-    Args:
-        limit: how many samples may be in flight.
-        sharing: decides :meth:`is_sharing_worth_it`.
-        clock: monotonic, in seconds.
     """
 
-    def __init__(
-        self,
-        limit: SampleLimit | None = None,
-        sharing: Sharing | None = None,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._limit = limit or SampleLimit()
-        self._sharing = sharing or Sharing()
-        self._clock = clock
+    def __init__(self, limit: SampleLimit | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limit, self._clock = limit or SampleLimit(), clock
         self._probe = PushBackProbe()
         self._looked_at = 0.0
         self._order = itertools.count()
         self._queue: list[tuple[bool, int, int, int, Slot]] = []
         """Heap; cancelled entries stay until they reach the top."""
-        self._waiting = 0
-        self._samples = 0
-        self._tokens = 0
-        self._prompt_tokens = 0
-        self._cached_prompt_tokens = 0
-        self._failed = 0
-        self._push_backs = 0
+        self._waiting = self._samples = self._failed = self._push_backs = 0
+        self._tokens = self._prompt_tokens = self._cached_prompt_tokens = 0
         self._is_paused = False
 
     def slot(self, *, samples: int = 1, turn: int = 0, tokens: int = 0, yields: bool = False) -> Slot:
@@ -247,10 +135,6 @@ class SampleGate:
         """
         return Slot(self, samples, turn, tokens, yields)
 
-    def is_sharing_worth_it(self, members: int) -> bool:
-        """Whether one shared request for the first turns of a group is cheaper than one per member."""
-        return self._sharing.is_worth_it(self._clock(), members)
-
     def watch(self, client: Any) -> None:
         """Watches a sampling client for back-pressure from its service, which the SDK hides."""
         self._probe.watch(client)
@@ -259,7 +143,6 @@ class SampleGate:
         """Records the load of this process; a callback for :class:`~searchr1_async.rollout.event_loop.Pulse`."""
         now = self._clock()
         self._limit.client_is(now, cpu=reading.cpu, lag=reading.lag_p50)
-        self._sharing.client_is(seconds=reading.seconds, cpu=reading.cpu, is_saturated=self._limit.is_saturated)
         self._look(now)
 
     def pause(self, is_paused: bool) -> None:
@@ -269,7 +152,7 @@ class SampleGate:
 
     @property
     def statistics(self) -> GateStatistics:
-        now, limit, sharing = self._clock(), self._limit, self._sharing
+        now, limit = self._clock(), self._limit
         return GateStatistics(
             in_flight=limit.in_flight,
             requests=limit.requests,
@@ -278,13 +161,9 @@ class SampleGate:
             cause=limit.cause(now, self._waiting),
             saturated_seconds=limit.saturated_for(now),
             samples=self._samples,
-            tokens=self._tokens,
-            prompt_tokens=self._prompt_tokens,
-            cached_prompt_tokens=self._cached_prompt_tokens,
+            usage=TokenUsage(self._prompt_tokens, self._cached_prompt_tokens, self._tokens),
             failed=self._failed,
             push_backs=self._push_backs,
-            groups=sharing.asked,
-            split_groups=sharing.split,
             is_paused=self._is_paused,
         )
 
@@ -309,7 +188,7 @@ class SampleGate:
                 slot._admitted = None
                 self._waiting -= slot.samples
             else:
-                self._limit.abandoned(slot._flight)
+                self._limit.ended(slot._flight)
             self._pump()
             raise
 
@@ -318,7 +197,6 @@ class SampleGate:
         self._prompt_tokens += slot._wanted * slot.samples
         self._cached_prompt_tokens += slot._wanted * (slot.samples - 1)
         slot._flight = self._limit.begin(now, slot.samples)
-        slot._delay = self._sharing.began(now, samples=slot.samples, turn=slot.turn)
 
     def _leave(self, slot: Slot, kind: type[BaseException] | None) -> None:
         flight = slot._flight
@@ -328,15 +206,13 @@ class SampleGate:
             self._look(now)
         if kind is None:
             self._limit.finished(flight, now, is_short=self._waiting > 0)
-            self._sharing.finished(now - flight.began, samples=slot.samples, turn=slot.turn, delay=slot._delay)
             self._samples += slot.samples
             self._tokens += slot._tokens
             self._cached_prompt_tokens += slot._cached
-        elif issubclass(kind, Exception):
-            self._limit.failed(flight)
-            self._failed += slot.samples
-        else:  # cancelled
-            self._limit.abandoned(flight)
+        else:
+            self._limit.ended(flight)
+            if issubclass(kind, Exception):  # not cancelled
+                self._failed += slot.samples
         self._pump()
 
     def _pump(self) -> None:

@@ -1,15 +1,8 @@
 """Adaptive limit on samples in flight. Pure: the caller passes times and observations to :class:`SampleLimit`.
 
-Four causes hold the limit down, and each needs a different remedy:
-
-- *The service pushes back*: multiplicative decrease (as in TCP, RFC 5681, with CUBIC's factor, RFC 9438), at most once per
-  round trip; no growth until the SDK's own throttling has ended.
-- *The service queues*: latency grows in proportion to the samples in flight, so more in flight gives no more samples per
-  second (Little's law). No growth.
-- *The client is saturated*: the process's CPU or event loop. No growth; more processes would help.
-- *The work is done*: fewer samples are wanted than allowed. No growth, since an unused limit is untested.
-
-A service with high but load-independent latency does not hold the limit down.
+It falls when the service pushes back (multiplicative decrease, as in TCP: RFC 5681, with CUBIC's factor, RFC 9438), and does not grow
+while the service queues, this process is saturated, or fewer samples are wanted. High latency that does not depend on the load does
+not hold it down.
 """
 
 from __future__ import annotations
@@ -41,11 +34,7 @@ class Cause(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LimitSettings:
-    """Bounds of the limit.
-
-    Raises:
-        ConfigurationError: a bound is below 1, or the least exceeds the most.
-    """
+    """Bounds of the limit."""
 
     first: Count = 2048
     """Initial samples in flight: two batches of 128 groups of 8. Doubles each round trip while more are wanted."""
@@ -96,8 +85,7 @@ samples per second. A pure queue has 1, a service with spare capacity 0."""
 class SampleLimit:
     """Adaptive limit on samples in flight.
 
-    Every request is opened by :meth:`begin` and closed by exactly one of :meth:`finished`, :meth:`failed` and
-    :meth:`abandoned`. Times are seconds on one monotonic clock.
+    Every request is opened by :meth:`begin` and closed by either :meth:`finished` or :meth:`ended`. Times are seconds on one monotonic clock.
     """
 
     def __init__(self, settings: LimitSettings | None = None) -> None:
@@ -105,28 +93,17 @@ class SampleLimit:
         self._most = float(self.settings.most)
         self._least = min(float(self.settings.least), self._most)
         self._limit = min(max(float(self.settings.first), self._least), self._most)
-        self._in_flight = 0
-        self._requests = 0
+        self.in_flight = self.requests = 0
+        """Samples and requests in flight."""
         self._round_trip: float | None = None
-        self._pushed_back_at = -math.inf
-        self._lowered_at = -math.inf
-        self._has_pushed_back = False
+        self._pushed_back_at = self._lowered_at = self._relieved_at = -math.inf
         self._saturated_since: float | None = None
-        self._relieved_at = -math.inf
         self._single, self._shared = LoadCurve(), LoadCurve()
 
     @property
     def limit(self) -> int:
         """Current maximum of samples in flight."""
         return int(self._limit)
-
-    @property
-    def in_flight(self) -> int:
-        return self._in_flight
-
-    @property
-    def requests(self) -> int:
-        return self._requests
 
     @property
     def is_saturated(self) -> bool:
@@ -144,9 +121,9 @@ class SampleLimit:
 
     def may_begin(self, samples: int) -> bool:
         """Whether a request may be sent now. One larger than the limit is sent when nothing else is in flight."""
-        if not self._in_flight:
+        if not self.in_flight:
             return True
-        return self._in_flight + samples <= int(self._limit) and self._requests < self.settings.most_requests
+        return self.in_flight + samples <= int(self._limit) and self.requests < self.settings.most_requests
 
     def cause(self, now: float, wanted: int) -> Cause:
         """Why no more are in flight; ``wanted`` is the number of waiting samples."""
@@ -156,19 +133,19 @@ class SampleLimit:
             return Cause.CLIENT
         if not wanted:
             return Cause.WORK
-        if self._limit >= self._most or self._requests >= self.settings.most_requests:
+        if self._limit >= self._most or self.requests >= self.settings.most_requests:
             return Cause.SETTINGS
         return Cause.QUEUE if self.is_queueing else Cause.GROWING
 
     def begin(self, now: float, samples: int = 1) -> Flight:
         """Records a sent request."""
-        self._in_flight += samples
-        self._requests += 1
-        return Flight(now, samples, self._in_flight)
+        self.in_flight += samples
+        self.requests += 1
+        return Flight(now, samples, self.in_flight)
 
     def finished(self, flight: Flight, now: float, *, is_short: bool) -> None:
         """Records an answer; ``is_short`` if others wait for room, so that a higher limit would be used."""
-        self._end(flight)
+        self.ended(flight)
         seconds = max(now - flight.began, 1e-6)
         self._round_trip = seconds if self._round_trip is None else self._round_trip + (seconds - self._round_trip) / 64
         # Time spent waiting in this process or throttled in the SDK says nothing about the service.
@@ -178,25 +155,21 @@ class SampleLimit:
             curve.add(flight.in_flight, seconds)
         if is_short and self._may_grow(now):
             # Each answer adds its own samples, so one round trip doubles the limit.
-            self._limit += flight.samples * (CAREFUL_GROWTH if self._has_pushed_back else 1.0)
+            self._limit += flight.samples * (CAREFUL_GROWTH if self._pushed_back_at > -math.inf else 1.0)
             self._limit = min(self._limit, self._most)
 
-    def failed(self, flight: Flight) -> None:
-        """Records a permanent failure, which says nothing about capacity."""
-        self._end(flight)
-
-    def abandoned(self, flight: Flight) -> None:
-        """Records a cancelled request."""
-        self._end(flight)
+    def ended(self, flight: Flight) -> None:
+        """Records a request without an answer, which says nothing about capacity."""
+        self.in_flight -= flight.samples
+        self.requests -= 1
 
     def pushed_back(self, now: float) -> None:
         """Records back-pressure; lowers the limit at most once per round trip."""
         self._pushed_back_at = now
-        self._has_pushed_back = True
         # Above the limit, requests sent before the last decrease still drain: the new limit is untested.
-        if self._in_flight > self._limit or now - self._lowered_at < max(1.0, self._round_trip or 0.0):
+        if self.in_flight > self._limit or now - self._lowered_at < max(1.0, self._round_trip or 0.0):
             return
-        self._limit = max(self._least, BACK_OFF * min(self._limit, self._in_flight))
+        self._limit = max(self._least, BACK_OFF * min(self._limit, self.in_flight))
         self._lowered_at = now
 
     def client_is(self, now: float, *, cpu: float, lag: float) -> None:
@@ -215,10 +188,6 @@ class SampleLimit:
 
     def _may_grow(self, now: float) -> bool:
         return not self.is_saturated and not self.is_queueing and now - self._pushed_back_at >= QUIET_SECONDS
-
-    def _end(self, flight: Flight) -> None:
-        self._in_flight -= flight.samples
-        self._requests -= 1
 
 
 @dataclass(slots=True)

@@ -7,24 +7,26 @@ The group's policy is one version of the weights behind a Tinker sampling client
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import cached_property
+from typing import Any, Protocol
 
 import anyio
 import tinker
 from tinker import types as tinker_types
 
 from searchr1_async.billing import TokenUsage
-from searchr1_async.boundary.network import SDK_FAULTS, fault_text
+from searchr1_async.boundary.compat import api_key_of
+from searchr1_async.boundary.sdk import SDK_FAULTS, fault_text
 from searchr1_async.boundary.waits import PausableDeadlines, time_limit
 from searchr1_async.config import EpisodeLimits, FirstTurn, SamplingSettings
 from searchr1_async.episodes.formats import Dialect
-from searchr1_async.episodes.play import Policy, SampledTurn, SearchTool, play
+from searchr1_async.episodes.play import Policy, SearchTool, play
 from searchr1_async.episodes.prompts import Method, clean_query, limits_for
-from searchr1_async.episodes.types import Episode, Group, Passage, Question, SearchCall, StopReason
-from searchr1_async.errors import SearchError, ServiceError
+from searchr1_async.episodes.types import Episode, Group, Passage, Question, SearchCall, StopReason, Turn
+from searchr1_async.errors import ConfigurationError, SearchError, ServiceError
 from searchr1_async.rollout.event_loop import LoopTurns
 from searchr1_async.rollout.gate import GateStatistics, SampleGate
 
@@ -40,7 +42,7 @@ class GroupPolicy(Policy, Protocol):
         max_tokens: int,
         stop: list[int] | list[str],
         seed: int | None,
-    ) -> Awaitable[list[SampledTurn]]: ...
+    ) -> Awaitable[list[Turn]]: ...
 
 
 @dataclass(slots=True)
@@ -57,7 +59,7 @@ class GroupTask:
     yields: bool = False
     """Its samples wait behind those of every group that does not yield."""
     finished: dict[int, Episode] = field(default_factory=dict, init=False, compare=False, repr=False)
-    """Finished episodes by member number, scored."""
+    """Scored episodes by member number."""
     is_cut: bool = field(default=False, init=False, compare=False)
     _scope: anyio.CancelScope | None = field(default=None, init=False, compare=False, repr=False)
 
@@ -85,7 +87,7 @@ class GroupTask:
         )
 
 
-Finished = Callable[[int, Episode], Awaitable[None]]
+Finished = Callable[[int, Episode], Coroutine[Any, Any, None]]
 """Receives a member's number and its episode, not yet scored."""
 
 
@@ -93,26 +95,33 @@ class GroupPlayer(Protocol):
     """Rolls out groups, in this process or in workers."""
 
     async def play(self, task: GroupTask, policy: GroupPolicy, finished: Finished) -> None:
-        """Rolls out a group and passes each member to ``finished`` as it ends. Cancelling this cancels every episode.
-
-        Raises:
-            SearchError: a fatal one (``is_fatal``).
-        """
+        """Rolls out a group and passes each member to ``finished`` as it ends. Cancelling this cancels every episode."""
         ...
 
     def pause(self, is_paused: bool) -> None:
         """Stops new sampling requests until called with False; episodes wait where they are."""
         ...
 
+    @property
+    def gates(self) -> Sequence[GateStatistics]:
+        """Gate statistics of every rollout process."""
+        ...
+
+    @property
+    def gone(self) -> TokenUsage:
+        """Usage of workers that exited."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Metrics of the worker processes, by name."""
+        ...
+
 
 class LocalPlayer:
-    """Rolls out groups in this process.
+    """Rolls out groups in this process."""
 
-    Args:
-        gate: admits sampling requests, later turns first.
-        first_turn: see :attr:`SamplingSettings.first_turn`.
-        method: prompting method; ``dialect`` must match it.
-    """
+    gone = TokenUsage()
+    """See :class:`GroupPlayer`: there are no workers."""
 
     def __init__(
         self,
@@ -123,27 +132,20 @@ class LocalPlayer:
         first_turn: FirstTurn = "auto",
         method: Method = "search",
     ) -> None:
-        self._dialect = dialect
-        self._search = search
+        self._dialect, self._search, self._gate = dialect, search, gate
         self._limits = limits_for(method, limits)
         self._method: Method = method
-        self._gate = gate
         self._first_turn: FirstTurn = first_turn
         self._turns = LoopTurns()
         self._deadlines = PausableDeadlines()
 
     @property
     def gates(self) -> list[GateStatistics]:
-        """Gate statistics of every rollout process: this one."""
+        """That of this process."""
         return [self._gate.statistics]
 
-    @property
-    def gone(self) -> TokenUsage:
-        """Usage of exited processes: none."""
-        return TokenUsage()
-
     def metrics(self) -> dict[str, float]:
-        """Metrics of other processes: none."""
+        """See :class:`GroupPlayer`: none."""
         return {}
 
     def pause(self, is_paused: bool) -> None:
@@ -156,33 +158,35 @@ class LocalPlayer:
         self._gate.watch(getattr(policy, "client", None))
         prompt: tuple[int, ...] = ()
         given: SearchCall | None = None
-        firsts: Sequence[SampledTurn | None] = [None] * len(task.members)
+        firsts: Sequence[Turn | None] = [None] * len(task.members)
         try:
             with self._deadlines.limit(self._limits.max_seconds) as scope:
                 given = await self._retrieve(task.question) if self._method == "rag" else None
                 await self._turns.turn()
-                prompt = self._prompt(task.question, given)
-                if self._is_shared(task, prompt):
+                prompt = tuple(self._dialect.start(task.question, given))
+                has_room = len(prompt) + self._limits.max_tokens <= self._limits.max_trajectory_tokens
+                if has_room and self._first_turn != "split":  # without room each episode ends on its own
                     firsts = await self._sample_firsts(task, policy, prompt)
             if scope.cancelled_caught:
                 raise TimeoutError
         except (ServiceError, SearchError, TimeoutError) as fault:
             if isinstance(fault, SearchError) and fault.is_fatal:
                 raise
-            await self._fail_all(task, prompt, given, fault, time.monotonic() - began, finished)
+            lost = _lost(task.question, prompt, given, fault, time.monotonic() - began)
+            for member in task.members:
+                await finished(member, lost)
             return
 
         began += self._deadlines.paused_seconds - paused  # pauses do not count towards the time limit
 
-        async def one(member: int, first: SampledTurn | None) -> None:
+        async def one(member: int, first: Turn | None) -> None:
             if first is not None:
                 await self._turns.turn()
+            turn = 0 if first is None else 1
             episode = await play(
                 task.question,
                 dialect=self._dialect,
-                policy=_GatedPolicy(
-                    policy, self._gate, self._turns, self._deadlines, 0 if first is None else 1, task.yields
-                ),
+                policy=_GatedPolicy(policy, self._gate, self._turns, self._deadlines, turn, task.yields),
                 search=self._search_in_turn,
                 limits=self._limits,
                 first_turn=first,
@@ -214,44 +218,25 @@ class LocalPlayer:
         results = tuple(tuple(passages) for passages in await self._search((query,)))
         return SearchCall((query,), results, seconds=time.monotonic() - began)
 
-    def _prompt(self, question: Question, given: SearchCall | None) -> tuple[int, ...]:
-        start = self._dialect.start
-        return tuple(start(question) if given is None else start(question, given))
-
-    async def _sample_firsts(
-        self, task: GroupTask, policy: GroupPolicy, prompt: tuple[int, ...]
-    ) -> Sequence[SampledTurn]:
+    async def _sample_firsts(self, task: GroupTask, policy: GroupPolicy, prompt: tuple[int, ...]) -> Sequence[Turn]:
         members = len(task.members)
         async with self._gate.slot(samples=members, tokens=len(prompt), yields=task.yields) as slot:
             with self._deadlines.governing():
                 firsts = await policy.sample_many(
                     prompt, members, max_tokens=self._limits.max_tokens, stop=self._dialect.stop, seed=task.seed
                 )
-            slot.finished([len(turn.tokens) for turn in firsts], firsts[0].cached_prompt_tokens)
+            slot.finished([len(turn.sampled_tokens) for turn in firsts], firsts[0].cached_prompt_tokens)
         return firsts
 
-    def _is_shared(self, task: GroupTask, prompt: Sequence[int]) -> bool:
-        if len(prompt) + self._limits.max_tokens > self._limits.max_trajectory_tokens:
-            return False  # no turn fits; each episode ends on its own
-        if self._first_turn == "auto":
-            return self._gate.is_sharing_worth_it(len(task.members))
-        return self._first_turn == "shared"
 
-    async def _fail_all(
-        self,
-        task: GroupTask,
-        prompt: tuple[int, ...],
-        given: SearchCall | None,
-        fault: Exception,
-        seconds: float,
-        finished: Finished,
-    ) -> None:
-        is_slow = isinstance(fault, TimeoutError)
-        reason = StopReason.TIME_LIMIT if is_slow else StopReason.FAILED
-        error = None if is_slow else f"{type(fault).__name__}: {fault}"
-        lost = Episode(task.question, prompt, (), reason, error=error, seconds=seconds, given=given)
-        for member in task.members:
-            await finished(member, lost)
+def _lost(
+    question: Question, prompt: tuple[int, ...], given: SearchCall | None, fault: Exception, seconds: float
+) -> Episode:
+    """An episode that a fault ended before its first turn."""
+    is_slow = isinstance(fault, TimeoutError)
+    reason = StopReason.TIME_LIMIT if is_slow else StopReason.FAILED
+    error = None if is_slow else f"{type(fault).__name__}: {fault}"
+    return Episode(question, prompt, (), reason, error=error, seconds=seconds, given=given)
 
 
 @dataclass
@@ -267,38 +252,51 @@ class _GatedPolicy:
 
     async def sample(
         self, prompt_tokens: Sequence[int], *, max_tokens: int, stop: list[int] | list[str], seed: int | None
-    ) -> SampledTurn:
+    ) -> Turn:
         async with self.gate.slot(turn=self.turn, tokens=len(prompt_tokens), yields=self.yields) as slot:
             await self.turns.turn()  # submitting a request blocks this thread for about a millisecond
             with self.deadlines.governing():
                 sampled = await self.policy.sample(prompt_tokens, max_tokens=max_tokens, stop=stop, seed=seed)
-            slot.finished([len(sampled.tokens)], sampled.cached_prompt_tokens)
+            slot.finished([len(sampled.sampled_tokens)], sampled.cached_prompt_tokens)
         self.turn += 1
         await self.turns.turn()  # parsing comes next
         return sampled
 
 
-class TinkerPolicy:
-    """Samples turns from one version of the weights; with an in-flight client, also from newer ones.
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """A :class:`TinkerPolicy` as a value that can be sent to another process."""
 
-    Args:
-        client: sampling client.
-        version: optimizer steps before the client's weights.
-    """
+    handle: str
+    """From ``SamplingClient.get_sampler_handle``: identifies sampler and service, contains no credentials."""
+    api_key: str | None = field(repr=False)
+    """None: the other process finds the credentials the same way."""
+    version: int
+    settings: SamplingSettings
+
+
+class TinkerPolicy:
+    """Samples turns from one version of the weights; with an in-flight client, also from newer ones."""
 
     def __init__(self, client: tinker.SamplingClient, version: int, settings: SamplingSettings) -> None:
-        self.client = client
-        self.settings = settings
-        self.version = version
+        self.client, self.version, self.settings = client, version, settings
+
+    @cached_property
+    def sampler(self) -> Sampler:
+        """Itself as a value, made once: the SDK's handles of one client change with time."""
+        try:
+            handle = self.client.get_sampler_handle()
+            # Handles carry no credentials, and a key passed in code is not in another process's environment.
+            api_key = api_key_of(self.client)
+        except (AttributeError, AssertionError, TypeError) as error:
+            raise ConfigurationError(
+                f"this sampling client cannot be sent to other processes ({type(error).__name__}): use workers=1"
+            ) from error
+        return Sampler(handle, api_key, self.version, self.settings)
 
     async def sample(
         self, prompt_tokens: Sequence[int], *, max_tokens: int, stop: list[int] | list[str], seed: int | None
-    ) -> SampledTurn:
-        """Samples one continuation.
-
-        Raises:
-            ServiceError: the service failed or did not answer before the deadline.
-        """
+    ) -> Turn:
         (turn,) = await self.sample_many(prompt_tokens, 1, max_tokens=max_tokens, stop=stop, seed=seed)
         return turn
 
@@ -310,12 +308,8 @@ class TinkerPolicy:
         max_tokens: int,
         stop: list[int] | list[str],
         seed: int | None,
-    ) -> list[SampledTurn]:
-        """Samples ``count`` continuations of one prompt in one request, so that the prompt is sent and read once.
-
-        Raises:
-            ServiceError: the service failed or did not answer before the deadline.
-        """
+    ) -> list[Turn]:
+        """Samples ``count`` continuations of one prompt in one request, so that the prompt is sent and read once."""
         began = time.monotonic()
         params = tinker_types.SamplingParams(
             max_tokens=max_tokens, temperature=self.settings.temperature, stop=stop, seed=seed
@@ -333,28 +327,25 @@ class TinkerPolicy:
             raise ServiceError(
                 f"the Tinker service returned no sample within {self.settings.deadline:g} s (the sampling deadline)"
             )
-        seconds = time.monotonic() - began
-        turns: list[SampledTurn] = []
-        for sequence in response.sequences:
-            if sequence.logprobs is None:
-                raise ServiceError(
-                    "the Tinker service returned samples without log-probabilities, which training needs"
-                )
-            turns.append(
-                SampledTurn(
-                    tokens=tuple(sequence.tokens),
-                    logprobs=tuple(sequence.logprobs),
-                    truncated=sequence.stop_reason == "length",
-                    policy_version=self.version,
-                    seconds=seconds,
-                    sequence_id=sequence.sequence_id,
-                    # The prompt is read once; for the other samples it is billed as fully cached.
-                    cached_prompt_tokens=len(prompt_tokens) if turns else response.prompt_cache_hit_tokens,
-                )
+        scored = [sequence for sequence in response.sequences if sequence.logprobs is not None]
+        if len(scored) != count:
+            raise ServiceError(
+                f"the Tinker service returned {len(scored)} samples with log-probabilities instead of {count}"
             )
-        if len(turns) != count:
-            raise ServiceError(f"the Tinker service returned {len(turns)} samples instead of {count}")
-        return turns
+        seconds = time.monotonic() - began
+        return [
+            Turn(
+                sampled_tokens=tuple(sequence.tokens),
+                logprobs=tuple(sequence.logprobs or ()),
+                truncated=sequence.stop_reason == "length",
+                policy_version=self.version,
+                seconds=seconds,
+                sequence_id=sequence.sequence_id,
+                # The prompt is read once; for the other samples it is billed as fully cached.
+                cached_prompt_tokens=len(prompt_tokens) if number else response.prompt_cache_hit_tokens,
+            )
+            for number, sequence in enumerate(scored)
+        ]
 
 
 @dataclass(slots=True)

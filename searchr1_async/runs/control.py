@@ -1,20 +1,78 @@
-"""Control of a run: stop, pause, resume, ask. And the registry of this process's runs."""
+"""Control of a run: stop, pause, resume, and the use of what it has open. Also lists this process's runs."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 import anyio
 
-from searchr1_async.errors import ServiceError
 from searchr1_async.events import Emit, RunPaused, RunResumed, emit_nothing
-from searchr1_async.runs.ask import Answer, LiveAnswers
+from searchr1_async.runs.ask import LiveAnswers
 from searchr1_async.service.connection import Service
+
+T = TypeVar("T")
+Result = TypeVar("Result")
+
+
+class Lent(Generic[T]):
+    """Something of a run that others use while the run has it."""
+
+    def __init__(self) -> None:
+        self._value: T | None = None
+        self._is_over = False
+        self._users: set[anyio.CancelScope] = set()
+        self._changed = anyio.Event()  # replaced by a fresh one at each change
+
+    @contextmanager
+    def lending(self, value: T) -> Iterator[None]:
+        """During the block others can use the value; those that still do at its end are cancelled."""
+        self._value = value
+        self._notify()
+        try:
+            yield
+        finally:
+            self._value = None
+            for scope in self._users:
+                scope.cancel()
+
+    async def wait_unused(self) -> None:
+        """Lets nobody begin to use the value, and returns when nobody does."""
+        self._value = None
+        while self._users:
+            await self._changed.wait()
+
+    def end(self) -> None:
+        """The run is over."""
+        self._is_over = True
+        self._notify()
+
+    async def wait_ended(self) -> None:
+        """Returns once the run is over."""
+        while not self._is_over:
+            await self._changed.wait()
+
+    async def use(self, work: Callable[[T], Awaitable[Result]]) -> Result | None:
+        """Waits for the value and uses it; None if the run ends first."""
+        while self._value is None:
+            if self._is_over:
+                return None
+            await self._changed.wait()
+        with anyio.CancelScope() as scope:
+            self._users.add(scope)
+            try:
+                return await work(self._value)
+            finally:
+                self._users.discard(scope)
+                self._notify()
+        return None
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = anyio.Event()
 
 
 class RunControl:
@@ -26,23 +84,28 @@ class RunControl:
 
     def __init__(self) -> None:
         self.stop_requested = False
-        self.is_paused = False
         self.emit: Emit = emit_nothing
         """Receives :class:`RunPaused` and :class:`RunResumed`."""
-        self.wall_clock: Callable[[], float] = time.time
-        """Seconds of a clock that also runs during a pause and while the machine sleeps, as a service's clock does."""
-        self._service: Service | None = None
-        self._users: list[anyio.CancelScope] = []
-        self._user_left = anyio.Event()
+        self.service: Lent[Service] = Lent()
+        self.answers: Lent[LiveAnswers] = Lent()
+        self.answering = self.answers.lending
         self._cuts: list[Callable[[], None]] = []
         self._holds: list[Callable[[bool], None]] = []
         self._resumed = anyio.Event()
         self._pause_reasons: set[str] = set()
         self._paused_at = self._paused_seconds = 0.0
-        self._answers: LiveAnswers | None = None
-        self._is_over = False
-        self._answers_changed = anyio.Event()  # replaced by a fresh one at each change
-        self._asked: set[anyio.CancelScope] = set()
+
+    def end(self) -> None:
+        """The run is over."""
+        self.service.end()
+        self.answers.end()
+
+    @asynccontextmanager
+    async def serving(self, service: Service) -> AsyncIterator[None]:
+        """Lends the run's service during the block, and waits for its users at the end, unless the run fails or is cancelled."""
+        with self.service.lending(service):
+            yield
+            await self.service.wait_unused()
 
     # --- stopping -----------------------------------------------------------------------------------------------------
 
@@ -73,65 +136,31 @@ class RunControl:
 
     # --- pausing ------------------------------------------------------------------------------------------------------
 
+    @property
+    def is_paused(self) -> bool:
+        """The user has paused the run; it may wait for its service as well."""
+        return "user" in self._pause_reasons
+
     def pause(self) -> None:
         """Pauses the run; idempotent."""
         if not self.is_paused:
-            self.is_paused = True
-            self._hold("pause", True)
+            self._hold("user", True)
             self.emit(RunPaused())
 
     def resume(self) -> None:
         """Resumes a paused run; idempotent."""
         if self.is_paused:
-            self.is_paused = False
-            self._hold("pause", False)
+            self._hold("user", False)
             self.emit(RunResumed())
 
     def wait_for_service(self, is_silent: bool) -> None:
         """Pauses the run and its clock while its Tinker service does not answer."""
         self._hold("service", is_silent)
 
-    # --- sharing the run's service ------------------------------------------------------------------------------------
-
-    @asynccontextmanager
-    async def serving(self, service: Service) -> AsyncIterator[None]:
-        """Lets others use the run's service during the block, and waits for them at its end.
-
-        They are cancelled if the run fails, is cancelled, or is stopped while waiting.
-        """
-        self._service = service
-        try:
-            yield
-            self._service = None
-            while self._users:
-                self._user_left = anyio.Event()
-                await self._user_left.wait()
-        finally:
-            self._service = None
-            for scope in self._users:
-                scope.cancel()
-
-    @contextmanager
-    def using_service(self) -> Iterator[Service | None]:
-        """The run's service during the block; None if it is not open.
-
-        Raises:
-            ServiceError: the run and its service ended during the block.
-        """
-        if self._service is None:
-            yield None
-            return
-        with anyio.CancelScope() as scope:
-            self._users.append(scope)
-            try:
-                yield self._service
-            finally:
-                self._users.remove(scope)
-                self._user_left.set()
-        if scope.cancelled_caught:
-            raise ServiceError(
-                "the run ended and closed its service meanwhile: use the run's folder instead, which starts a new one"
-            )
+    @property
+    def waits_for_service(self) -> bool:
+        """The Tinker service does not answer, so no request to it can finish."""
+        return "service" in self._pause_reasons
 
     @contextmanager
     def holding(self, hold: Callable[[bool], None]) -> Iterator[None]:
@@ -158,11 +187,6 @@ class RunControl:
         for hold in self._holds:
             hold(is_active)
 
-    @property
-    def waits_for_service(self) -> bool:
-        """The Tinker service does not answer, so no request to it can finish."""
-        return "service" in self._pause_reasons
-
     async def wait_while_paused(self) -> None:
         """Returns once the run is not paused."""
         while self._pause_reasons:
@@ -179,60 +203,11 @@ class RunControl:
             await self.wait_while_paused()
             await anyio.sleep(left)  # a pause meanwhile extends the deadline
 
-    # --- asking -------------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def answering(self, answers: LiveAnswers) -> Iterator[None]:
-        """During the block, ``answers`` answers questions; those still running at its end are cancelled."""
-        self._answers = answers
-        self._notify_answers()
-        try:
-            yield
-        finally:
-            self._answers = None
-            for scope in self._asked:
-                scope.cancel()
-
-    @property
-    def is_answering(self) -> bool:
-        """:meth:`ask` need not wait for the run's services."""
-        return self._answers is not None
-
-    def end(self) -> None:
-        """The run is over: waiting :meth:`ask` calls return None."""
-        self._is_over = True
-        self._notify_answers()
-
-    async def ask(self, ask: Callable[[LiveAnswers], Awaitable[Answer]]) -> Answer | None:
-        """Waits until the run can answer, then asks; None if the run ends first.
-
-        Raises:
-            SearchR1Error: from ``ask``.
-        """
-        while self._answers is None:
-            if self._is_over:
-                return None
-            await self._answers_changed.wait()
-        with anyio.CancelScope() as scope:
-            self._asked.add(scope)
-            try:
-                return await ask(self._answers)
-            finally:
-                self._asked.discard(scope)
-        return None
-
-    def _notify_answers(self) -> None:
-        self._answers_changed.set()
-        self._answers_changed = anyio.Event()
-
 
 class RunUnderWay(Protocol):
     """A run that this process is training."""
 
     control: RunControl
-
-    @property
-    def out_dir(self) -> Path: ...
 
     @property
     def done(self) -> bool: ...
@@ -241,17 +216,12 @@ class RunUnderWay(Protocol):
 _runs: WeakValueDictionary[Path, RunUnderWay] = WeakValueDictionary()
 
 
-def register(run: RunUnderWay) -> None:
+def register(out_dir: Path, run: RunUnderWay) -> None:
     """Makes a run findable by its folder."""
-    _runs[run.out_dir.resolve()] = run
+    _runs[out_dir.resolve()] = run
 
 
 def run_under_way(folder: Path) -> RunUnderWay | None:
     """The run this process is training in a folder, or None."""
     run = _runs.get(folder.resolve())
     return None if run is None or run.done else run
-
-
-def runs_under_way() -> list[RunUnderWay]:
-    """All runs this process is training now."""
-    return [run for run in list(_runs.values()) if not run.done]

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 
 import polars as pl
 
-from searchr1_async.boundary.paths import absolute_path
-from searchr1_async.episodes.table import episodes_frame, evaluation_rows
-from searchr1_async.episodes.types import Episode, StopReason
+from searchr1_async.episodes.types import Episode
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.records import scores as comparison
 from searchr1_async.records.scores import (
     ALL_SUITES,
     MACRO,
-    METRICS,
     QUESTION,
+    SCORES,
     by_suite,
     check_metric,
     check_suite,
@@ -32,7 +29,6 @@ from searchr1_async.records.scores import (
     suites_of,
 )
 from searchr1_async.records.statistics import Estimate, Floats, Interval, PairedDifference, pass_at_k
-from searchr1_async.watch.viewer import CellView, page_of
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -40,7 +36,7 @@ class Evaluation:
     """The scores of one evaluation. Several episodes of one question are its samples.
 
     Each metric is averaged over a question's samples, then over questions. Failed episodes are excluded from everything
-    but ``failed`` and ``stop_fractions``. Metrics without data are NaN.
+    but ``failed`` and ``outcomes``. Metrics without data are NaN.
     """
 
     label: str
@@ -48,7 +44,7 @@ class Evaluation:
     scores: pl.DataFrame
     """One row per episode: at least the columns of :data:`searchr1_async.records.scores.SCORE_SCHEMA`."""
     step: int | None = None
-    """Optimiser step of the weights; None when not tied to a step."""
+    """Optimizer step of the weights; None when not tied to a step."""
     load: Callable[[], Sequence[Episode]] | None = field(default=None)
     """Loads the episodes; None if they were not kept."""
 
@@ -69,8 +65,6 @@ class Evaluation:
             f"Evaluation({self.label!r}, questions={self.questions}, exact_match={self.exact_match:.3f} "
             f"[{low:.3f}, {high:.3f}], failed={self.failed})"
         )
-
-    # --- questions ----------------------------------------------------------------------------------------------------
 
     @cached_property
     def by_question(self) -> pl.DataFrame:
@@ -96,8 +90,6 @@ class Evaluation:
     def failed(self) -> int:
         """Number of episodes that failed because of a service."""
         return int(self.scores["failed"].sum())
-
-    # --- scores -------------------------------------------------------------------------------------------------------
 
     def estimate(self, metric: str, suite: str | None = None) -> Estimate:
         """Mean of a metric over questions, with its 95 % interval (:func:`.statistics.mean_intervals`).
@@ -135,11 +127,6 @@ class Evaluation:
         values = means.filter(pl.col("finished") >= k).select("suite", "value")
         return estimate_of(by_suite(values, self.suites), suite, self.label)
 
-    @property
-    def avg_at_k(self) -> Estimate:
-        """Exact match over all samples of each question."""
-        return self.estimate("exact_match")
-
     def values_of(self, metric: str) -> dict[str, Floats]:
         """Per suite, the per-question means behind an estimate; questions without a value are excluded."""
         check_metric(metric)
@@ -151,31 +138,18 @@ class Evaluation:
         One row per suite and score, plus ``judged`` if a judge ran. With several suites, adds rows for ``all`` (pooled
         questions) and ``macro`` (unweighted mean over suites).
         """
-        metrics = [*METRICS, *(["judged"] if self.scores["judged"].is_not_null().any() else [])]
+        metrics = [*SCORES, *(["judged"] if self.scores["judged"].is_not_null().any() else [])]
+        values = {metric: self.values_of(metric) for metric in metrics}
         over = [ALL_SUITES, MACRO] if len(self.suites) > 1 else []
         rows = []
-        for metric in metrics:
-            values = self.values_of(metric)
-            scored = self.scores.filter(pl.col(metric).is_not_null() & ~pl.col("failed"))
-            counts = {str(suite): count for suite, count in scored.group_by("suite").len().iter_rows()}
-            for suite in self.suites:
-                rows.append(
-                    (suite, metric, *estimate_of(values, suite, self.label), len(values[suite]), counts.get(suite, 0))
-                )
-            for name in over:
-                rows.append(
-                    (
-                        name,
-                        metric,
-                        *estimate_of(values, name, self.label),
-                        sum(map(len, values.values())),
-                        scored.height,
-                    )
-                )
+        for name in [*self.suites, *over]:
+            own = self._finished_scores if name in over else self._finished_scores.filter(suite=name)
+            for metric in metrics:
+                questions = sum(map(len, values[metric].values())) if name in over else len(values[metric][name])
+                estimate = estimate_of(values[metric], name, self.label)
+                rows.append((name, metric, *estimate, questions, own[metric].count()))
         schema = {"suite": pl.String, "metric": pl.String, "mean": pl.Float64, "low": pl.Float64, "high": pl.Float64}
-        frame = pl.DataFrame(rows, schema=schema | {"questions": pl.Int64, "episodes": pl.Int64}, orient="row")
-        places = {name: place for place, name in enumerate([*self.suites, *over])}
-        return frame.sort(pl.col("suite").replace_strict(places, return_dtype=pl.Int64), maintain_order=True)
+        return pl.DataFrame(rows, schema=schema | {"questions": pl.Int64, "episodes": pl.Int64}, orient="row")
 
     @cached_property
     def exact_match(self) -> float:
@@ -191,23 +165,6 @@ class Evaluation:
     def f1(self) -> float:
         """Mean token F1 against the best-matching golden answer."""
         return self.estimate("f1").mean
-
-    @cached_property
-    def cover_match(self) -> float:
-        """Share of answers that contain a golden answer as whole words."""
-        return self.estimate("cover_match").mean
-
-    @cached_property
-    def format(self) -> float:
-        """Share of episodes with a parseable answer."""
-        return self.estimate("format").mean
-
-    @property
-    def macro(self) -> Estimate:
-        """Exact match as the unweighted mean over suites."""
-        return self.estimate("exact_match", MACRO)
-
-    # --- behaviour ----------------------------------------------------------------------------------------------------
 
     def outcomes(self) -> pl.DataFrame:
         """Outcome counts and shares: :func:`searchr1_async.records.scores.outcome_frame`."""
@@ -232,21 +189,8 @@ class Evaluation:
         """Share of episodes in which a passage shown to the model contains a golden answer."""
         return self._mean_of_episodes("answer_in_passage")
 
-    @cached_property
-    def gold_recall(self) -> float:
-        """Share of a question's ``gold_passages`` that were retrieved; NaN if none are known."""
-        return self._mean_of_episodes("gold_recall")
-
-    @cached_property
-    def stop_fractions(self) -> Mapping[str, float]:
-        """``stop/<reason>`` as fractions of all episodes, failed ones included."""
-        counts = dict(self.scores.group_by("stop_reason").len().iter_rows())
-        return {
-            f"stop/{reason.value}": counts.get(reason.value, 0) / max(self.scores.height, 1) for reason in StopReason
-        }
-
     def metrics(self) -> dict[str, float]:
-        """Metrics for events: exact match with its interval, counts, and exact match per suite."""
+        """Metrics for events: exact match with its interval and per suite, and counts."""
         low, high = self.exact_match_interval
         return {
             "exact_match": self.exact_match,
@@ -257,18 +201,6 @@ class Evaluation:
             "turns_per_episode": self.turns_per_episode,
             **{f"exact_match/{suite}": self.estimate("exact_match", suite).mean for suite in sorted(self.suites)},
         }
-
-    # --- subsets and episodes -----------------------------------------------------------------------------------------
-
-    @property
-    def by_data_source(self) -> dict[str, Evaluation]:
-        """One evaluation per suite, by name."""
-        return self._split("suite", lambda episode: episode.question.data_source)
-
-    @property
-    def by_hop(self) -> dict[str, Evaluation]:
-        """One evaluation per ``question.metadata["hop"]``; questions without it are excluded."""
-        return self._split("hop", lambda episode: episode.question.metadata.get("hop"))
 
     @property
     def episodes(self) -> tuple[Episode, ...]:
@@ -282,38 +214,6 @@ class Evaluation:
                 f"the episodes of {self.label!r} were not kept, only their scores: pass out_dir to evaluate() to keep them"
             )
         return tuple(self.load())
-
-    @property
-    def finished(self) -> tuple[Episode, ...]:
-        """The episodes that did not fail; errors as :attr:`episodes`."""
-        return tuple(episode for episode in self.episodes if not episode.failed)
-
-    def view(self, path: str | Path | None = None) -> Path | CellView:
-        """Shows the episodes in the viewer.
-
-        Args:
-            path: write a self-contained HTML page here and return its path; None shows it in the notebook cell.
-
-        Raises:
-            ConfigurationError: the episodes were not kept.
-            OSError: ``path`` cannot be written.
-        """
-        target = None if path is None else absolute_path(path)
-        page = page_of(self.episodes, title=f"Episodes of {self.label}", label=self.label, step=self.step)
-        if target is None:
-            return CellView(page)
-        target.write_text(page, encoding="utf-8", newline="\n")
-        return target
-
-    def to_frame(self) -> pl.DataFrame:
-        """One row per episode: :data:`searchr1_async.episodes.table.EPISODE_SCHEMA`.
-
-        Raises:
-            ConfigurationError: the episodes were not kept.
-        """
-        return episodes_frame(evaluation_rows(self.label, self.episodes, self.step))
-
-    # --- internals ----------------------------------------------------------------------------------------------------
 
     @cached_property
     def _finished_scores(self) -> pl.DataFrame:
@@ -329,15 +229,6 @@ class Evaluation:
                 f"k is {k}, but {self.label!r} has {self.samples_per_question} samples per question: "
                 "evaluate with samples=k or more"
             )
-
-    def _split(self, column: str, key: Callable[[Episode], object]) -> dict[str, Evaluation]:
-        parts = {str(name): own for (name,), own in self.scores.group_by(column) if name is not None}
-        return {name: Evaluation(name, parts[name], self.step, self._loading(key, name)) for name in sorted(parts)}
-
-    def _loading(self, key: Callable[[Episode], object], name: str) -> Callable[[], Sequence[Episode]] | None:
-        if self.load is None:
-            return None
-        return lambda: tuple(episode for episode in self.episodes if str(key(episode)) == name)
 
 
 def compare(
@@ -356,9 +247,8 @@ def compare(
             suite is unknown.
     """
     pairs = _pairs(before, after, metric, suite)
-    if suite == MACRO and MACRO not in before.suites:
-        return comparison.macro_difference(pairs, seed)
-    return comparison.pooled_difference(pairs, seed)
+    is_macro = suite == MACRO and MACRO not in before.suites
+    return comparison.difference_of_pairs(pairs, is_macro=is_macro, seed=seed)
 
 
 def flips(

@@ -4,35 +4,36 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import re
+import logging
+import secrets
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
+import aiohttp
 import anyio
 import anyio.from_thread
 import anyio.to_thread
 import tinker
 
-from searchr1_async.boundary.paths import FilePath, NameOrFolder
+from searchr1_async.boundary.paths import FilePath, NameOrFolder, folder_at
 from searchr1_async.boundary.settings import checked_arguments
 from searchr1_async.boundary.waits import in_thread
 from searchr1_async.config import LocalOptions
+from searchr1_async.data.hub import append_body, download_session, fault_of, retried
 from searchr1_async.errors import ConfigurationError, ExportError, RunFolderError, ServiceError, ungrouped
 from searchr1_async.events import Emit, Notice, emit_nothing
-from searchr1_async.runs.adapters import download_adapter, merge, read_adapter
+from searchr1_async.runs.adapters import merge, model_card, read_adapter
 from searchr1_async.runs.control import run_under_way
 from searchr1_async.runs.folder import is_claimed
-from searchr1_async.runs.model_card import CardFacts, model_card
 from searchr1_async.runs.rollouts import ServiceChoice, opened_service
 from searchr1_async.runs.weights import Step, Weights, as_weights, find_state
-from searchr1_async.service.connection import Service, find_endpoint, is_embedded
-from searchr1_async.service.startup import (
+from searchr1_async.service.connection import Service, ServiceName, find_endpoint, is_embedded
+from searchr1_async.service.opening import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     base_folder,
@@ -42,57 +43,21 @@ from searchr1_async.service.startup import (
     published_base,
 )
 
-_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]{0,95}")
-
-
-def check_hub_name(name: str) -> None:
-    """Raises ConfigurationError for an invalid repository name."""
-    if not _NAME.fullmatch(name):
-        raise ConfigurationError(f"push_to_hub is {name!r}: name a repository as 'name' or 'organisation/name'")
-
-
-def push(folder: Path, name: str, *, private: bool) -> str:
-    """Uploads a folder, creating the repository if needed, and returns its address. Blocking: call it in a thread.
-
-    Raises:
-        ExportError: the hub rejects the upload or is unreachable; the folder is unchanged.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    api = HfApi()
-    again = f"The export is complete in {folder}: run `hf upload {name} {folder}` when that is fixed."
-    try:
-        repository = api.create_repo(name, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message="Export of trained weights")
-    except OfflineModeIsEnabled as error:
-        raise ExportError(f"HF_HUB_OFFLINE prevents uploads to the Hugging Face hub: unset it. {again}") from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else 0
-        reason = {401: "it requires a token (set HF_TOKEN)", 403: "the token has no write access"}.get(status)
-        raise ExportError(f"the Hugging Face hub rejected {name}: {reason or f'HTTP {status}'}. {again}") from error
-    except Exception as error:  # httpx errors up to huggingface_hub 1.x, httpx2 errors since
-        raise ExportError(f"the upload to the Hugging Face hub failed ({type(error).__name__}). {again}") from error
-    return str(repository)
-
+logger = logging.getLogger(__name__)
 
 Format = Literal["peft", "merged"]
+EXTERNAL_SECONDS = 3600
+"""TTL of the temporary external weights if they cannot be deleted: the shortest that Tinker accepts."""
+PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)
+"""Seconds between the attempts of a download; reset whenever bytes arrive."""
+_DELETE_SECONDS = 15.0
 
 
 class RunWithFolder(Protocol):
-    """A :class:`~searchr1_async.runs.recorded.RecordedRun`; that module imports this one."""
+    """A :class:`~searchr1_async.runs.run.RecordedRun`; that module imports this one."""
 
     @property
     def out_dir(self) -> Path: ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Request:
-    folder: Path
-    format: Format
-    base_model: str | None
-    find: Callable[[], Weights]
-    """Finds the weights; in a live run they change with each step."""
 
 
 async def export(
@@ -107,7 +72,7 @@ async def export(
     service: str | tinker.ServiceClient | None = None,
     service_folder: FilePath | None = None,
     local: LocalOptions | None = None,
-    emit: Emit | None = None,
+    on_event: Emit | None = None,
 ) -> Path:
     """Exports trained weights into a folder that other software can load.
 
@@ -117,7 +82,7 @@ async def export(
     Args:
         run: a run, a run's folder, or a ``tinker://RUN/weights/NAME`` path.
         folder: output folder; must be missing or empty. Created atomically.
-        step: which of a run's kept weights: ``"last"``, ``"best"`` on held-out questions, or an optimiser step.
+        step: which of a run's kept weights: ``"last"``, ``"best"`` on held-out questions, or an optimizer step.
         format: ``"peft"`` is a LoRA adapter for transformers + peft, vLLM and SGLang, with tokenizer and model card;
             ``"merged"`` is a Hugging Face folder with the adapter merged into the base model, in its precision. A tied output
             head is untied if the adapter changes it. Needs torch.
@@ -127,7 +92,7 @@ async def export(
         service: as in :func:`searchr1_async.train`; not needed for a run in progress in this process.
         service_folder: the embedded service's folder with a ``tinker://`` path; not needed for a run's folder.
         local: options of the embedded service.
-        emit: receives progress events.
+        on_event: receives progress events.
 
     Returns:
         ``folder``.
@@ -141,34 +106,39 @@ async def export(
     given = checked_arguments(export, locals())
     target: Path = given["folder"]
     base: str | None = given["base_model"]
-    _check(target, format, push_to_hub)
-    await anyio.to_thread.run_sync(_check_target, target)
-    find = partial(find_state, given["run"], given["step"], service_folder=given["service_folder"])
-    weights = await anyio.to_thread.run_sync(find)
-    request, emit = _Request(target, format, base, find), emit or emit_nothing
-    model = weights.base_model
-    if model is None and weights.path is not None and not is_embedded(service):
-        model = await base_model_of(weights.path, service)
-    tokenizer = await anyio.to_thread.run_sync(_tokenizer_of, weights, base)
-    choice = ServiceChoice(service, model or base, local or LocalOptions(), tokenizer)
-    with ungrouped():
-        async with _service_of(weights, choice, emit) as opened:
-            await _export(opened, weights, request, emit)
-    if push_to_hub is not None:
-        address = await anyio.to_thread.run_sync(partial(push, target, push_to_hub, private=private))
-        emit(Notice(f"uploaded to {address}"))
-    return target
-
-
-def _check(target: Path, format: str, push_to_hub: str | None) -> None:
     if push_to_hub is not None:
         check_hub_name(push_to_hub)
     if format == "merged" and importlib.util.find_spec("torch") is None:
         raise ConfigurationError(
             "format='merged' needs torch: pip install 'searchr1_async[local]', or export with format='peft'"
         )
-    if target.name in ("", "..", "."):
-        raise ConfigurationError(f"cannot export to {target}: choose a new folder")
+    await anyio.to_thread.run_sync(_check_target, target)
+    find = partial(find_state, given["run"], given["step"], service_folder=given["service_folder"])
+    weights = await anyio.to_thread.run_sync(find)
+    emit, model = on_event or emit_nothing, weights.base_model
+    if model is None and weights.path is not None and not is_embedded(service):
+        model = await base_model_of(weights.path, service)
+    tokenizer = weights.tokenizer or (base if base is not None and folder_at(base) else None)
+    choice = ServiceChoice(service, model or base, local or LocalOptions(), tokenizer)
+
+    async def work(opened: Service) -> Path:
+        found = await _download(opened, weights, find, scratch / "peft", emit)
+        return await _finish(opened, found, scratch, target, format, base, emit)
+
+    with ungrouped(), _scratch(target) as scratch:
+        live = run_under_way(weights.run) if weights.run is not None and service is None else None
+        if live is None or await live.control.service.use(work) is None:
+            if live is not None:
+                await live.control.service.wait_ended()  # two services would share its folder
+            await _refuse_run_elsewhere(weights, service)
+            emit(Notice(find_endpoint(service).text))
+            await check_service(service, choice.model, choice.local, emit=emit)
+            async with opened_service(choice, weights.service_folder, emit) as own:
+                await work(own)
+    if push_to_hub is not None:
+        address = await anyio.to_thread.run_sync(partial(push, target, push_to_hub, private=private))
+        emit(Notice(f"uploaded to {address}"))
+    return target
 
 
 def _check_target(target: Path) -> None:
@@ -176,63 +146,40 @@ def _check_target(target: Path) -> None:
         raise ConfigurationError(f"{target} already exists and is not empty: choose another folder")
 
 
-def _tokenizer_of(weights: Weights, base_model: str | None) -> str | None:
-    """A local folder with the tokenizer, if there is one; avoids the hub."""
-    if weights.run is not None and (weights.run / "tokenizer").is_dir():
-        return str(weights.run / "tokenizer")
-    return base_model if base_model is not None and Path(base_model).is_dir() else None
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """Turns a write error into an :class:`ExportError`."""
+    try:
+        yield
+    except OSError as error:
+        raise ExportError(f"{target} cannot be written: {error.strerror or error}") from error
 
 
-@asynccontextmanager
-async def _service_of(weights: Weights, choice: ServiceChoice, emit: Emit) -> AsyncIterator[Service]:
-    """The service of a run in progress in this process, else a newly opened one."""
-    if weights.run is not None and choice.service is None:
-        if (under_way := run_under_way(weights.run)) is not None:
-            with under_way.control.using_service() as live:
-                if live is not None:
-                    yield live
-                    return
-        if weights.service_folder is not None and await anyio.to_thread.run_sync(is_claimed, weights.run):
-            raise RunFolderError(
-                f"the run in {weights.run} is in progress and its service is not accessible from this process: export from the "
-                "training process, or after the run has ended"
-            )
-    emit(Notice(find_endpoint(choice.service).text))
-    await check_service(choice.service, choice.model, choice.local, emit=emit)
-    async with opened_service(choice, weights.service_folder, emit) as service:
-        yield service
+@contextmanager
+def _scratch(target: Path) -> Iterator[Path]:
+    """A temporary folder beside the target, on the same disk."""
+    with _writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
-async def _export(service: Service, weights: Weights, request: _Request, emit: Emit) -> None:
-    base = request.base_model or weights.base_model or service.model_name
-    with _scratch(request.folder) as scratch:
-        adapter, merged = scratch / "adapter", scratch / "merged"
-        await anyio.to_thread.run_sync(adapter.mkdir)
-        weights = await _download(service, weights, request, adapter, emit)
-        name = _base_name(base, service)
-        config = await anyio.to_thread.run_sync(_finish_config, adapter, name)
-        facts = CardFacts(
-            name=request.folder.name,
-            base_model=name,
-            format=request.format,
-            rank=int(config["r"]),
-            step=weights.step,
-            is_head_adapted=any(
-                module.endswith(("lm_head", "unembed_tokens")) for module in config.get("target_modules") or ()
-            ),
-            note=_note(service),
+async def _refuse_run_elsewhere(weights: Weights, service: ServiceName) -> None:
+    if weights.run is None or weights.service_folder is None or service is not None:
+        return
+    if await anyio.to_thread.run_sync(is_claimed, weights.run):
+        raise RunFolderError(
+            f"the run in {weights.run} is in progress and its service is not accessible from this process: export from the "
+            "training process, or after the run has ended"
         )
-        done = adapter
-        if request.format == "merged":
-            done = merged
-            base_weights = await _base_weights(request, service, base)
-            emit(Notice(f"merging the adapter into {name}"))
-            await in_thread(lambda: _merge(base_weights, adapter, merged))
-        await in_thread(lambda: _finish(done, service.tokenizer, facts, weights.run, request.folder))
-    emit(Notice(f"exported to {request.folder}"))
 
 
-async def _download(service: Service, weights: Weights, request: _Request, adapter: Path, emit: Emit) -> Weights:
+async def _download(
+    service: Service, weights: Weights, find: Callable[[], Weights], adapter: Path, emit: Emit
+) -> Weights:
     """Downloads the adapter and returns its weights. A live run deletes a resume point's state after the next step; the newer
     one is used then."""
     while True:
@@ -241,7 +188,7 @@ async def _download(service: Service, weights: Weights, request: _Request, adapt
         try:
             await download_adapter(service, weights.path, adapter)
         except ServiceError:
-            newer = await anyio.to_thread.run_sync(request.find)
+            newer = await anyio.to_thread.run_sync(find)
             if newer.path == weights.path:
                 raise
             weights = newer
@@ -249,43 +196,57 @@ async def _download(service: Service, weights: Weights, request: _Request, adapt
             return weights
 
 
-@contextmanager
-def _scratch(target: Path) -> Iterator[Path]:
-    """A temporary folder beside the target, on the same disk."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise ExportError(f"{target} cannot be written: {error.strerror or error}") from error
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+async def _finish(
+    service: Service, weights: Weights, scratch: Path, target: Path, format: Format, given: str | None, emit: Emit
+) -> Path:
+    """Merges the adapter if asked for, adds tokenizer and model card, and moves the folder to the target."""
+    adapter, base = scratch / "peft", given or weights.base_model or service.model_name
+    name = published_base(service.model_name if folder_at(base) else base)  # a folder is a copy of the base model
+    own = service.model_folder if given is None else None
+    model = own or await base_folder(base) if format == "merged" else None
+    is_quantized = service.model_folder is not None and "q4_1" in service.model_folder.name
+
+    def finish(check: Callable[[], None]) -> None:
+        config = _complete_config(adapter, name)
+        if model is not None:
+            merge(model, read_adapter(adapter), scratch / "merged", check=check)
+        try:
+            service.tokenizer.save_pretrained(scratch / format)
+        except Exception as error:  # a full disk is a bare Exception of the tokenizers library
+            raise OSError(f"the tokenizer cannot be saved: {error}") from error
+        facts = {
+            "name": target.name,
+            "base_model": name,
+            "format": format,
+            "rank": int(config["r"]),
+            "step": weights.step,
+        }
+        card = model_card(facts | {"is_quantized": is_quantized}, weights.run, service.tokenizer)
+        (scratch / format / "README.md").write_text(card, encoding="utf-8")
+        check()  # an export whose run ends begins again with a service of its own
+        if target.exists():
+            target.rmdir()  # fails if it is no longer empty
+        (scratch / format).replace(target)
+
+    if model is not None:
+        emit(Notice(f"merging the adapter into {name}"))
+    with _writing(target):
+        await in_thread(lambda: finish(anyio.from_thread.check_cancelled))
+    emit(Notice(f"exported to {target}"))
+    return target
 
 
-def _base_name(base: str, service: Service) -> str:
-    """The base model's public name; a folder given by the user is a copy of the run's base model."""
-    return published_base(service.model_name if Path(base).is_dir() else base)
-
-
-def _note(service: Service) -> str:
-    if service.model_folder is None or "q4_1" not in service.model_folder.name:
-        return ""
-    return (
-        "The embedded service trained on a float32 copy of the base model's 4-bit (Q4_1) release, so log-probabilities differ "
-        "slightly with the hub's weights; merged weights contain that copy."
-    )
-
-
-def _finish_config(adapter: Path, base: str) -> dict[str, Any]:
+def _complete_config(adapter: Path, base: str) -> dict[str, Any]:
     """Completes ``adapter_config.json`` with keys that loaders need; only the base model's name is overwritten."""
+    from safetensors import SafetensorError, safe_open
+
     try:
         config = json.loads((adapter / ADAPTER_CONFIG).read_bytes())
         int(config["r"])
-        names = _matrix_names(adapter / ADAPTER_WEIGHTS)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        came = ", ".join(sorted(path.name for path in adapter.iterdir())) or "nothing"
-        raise ExportError(f"the service sent no readable PEFT adapter ({error}); it sent: {came}") from error
+        with safe_open(adapter / ADAPTER_WEIGHTS, framework="np") as file:
+            names = list(file.keys())
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise ExportError(f"the service sent no readable PEFT adapter: {type(error).__name__}: {error}") from error
     modules = sorted({parts[0].rpartition(".")[2] for name in names if (parts := lora_parts(name))})
     defaults = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "lora_dropout": 0.0, "bias": "none"}
     config = defaults | {"target_modules": modules, "inference_mode": True} | config | {"base_model_name_or_path": base}
@@ -293,36 +254,84 @@ def _finish_config(adapter: Path, base: str) -> dict[str, Any]:
     return config
 
 
-def _matrix_names(path: Path) -> list[str]:
-    from safetensors import SafetensorError, safe_open
+def check_hub_name(name: str) -> None:
+    """Raises ConfigurationError for an invalid repository name."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
     try:
-        with safe_open(path, framework="np") as file:
-            return list(file.keys())
-    except SafetensorError as error:
-        raise ValueError(str(error)) from error
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ConfigurationError(f"push_to_hub is {name!r}: {error}") from error
 
 
-async def _base_weights(request: _Request, service: Service, base: str) -> Path:
-    if request.base_model is None and service.model_folder is not None:
-        return service.model_folder
-    return await base_folder(base)
+def push(folder: Path, name: str, *, private: bool) -> str:
+    """Uploads a folder, creating the repository if needed, and returns its address. Blocking: call it in a thread."""
+    from huggingface_hub import HfApi
 
-
-def _merge(base: Path, adapter: Path, merged: Path) -> None:
+    api = HfApi()
     try:
-        merge(base, read_adapter(adapter), merged, check=anyio.from_thread.check_cancelled)
-    except OSError as error:
-        raise ExportError(f"the merged weights cannot be written: {error.strerror or error}") from error
+        repository = api.create_repo(name, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message="Export of trained weights")
+    except Exception as error:  # httpx errors up to huggingface_hub 1.x, httpx2 errors since
+        reason = " ".join(str(error).split())
+        raise ExportError(
+            f"the upload to the Hugging Face hub failed ({type(error).__name__}: {reason}). The export is complete in {folder}: check "
+            f"the connection and that HF_TOKEN may write to {name}, then run `hf upload {name} {folder}`."
+        ) from error
+    return str(repository)
 
 
-def _finish(done: Path, tokenizer: Any, facts: CardFacts, run: Path | None, target: Path) -> None:
-    """Adds tokenizer and model card, and moves the folder to the target."""
-    try:
-        tokenizer.save_pretrained(done)
-        (done / "README.md").write_text(model_card(facts, run, tokenizer), encoding="utf-8")
-        if target.exists():
-            target.rmdir()  # fails if it is no longer empty
-        done.replace(target)
-    except OSError as error:
-        raise ExportError(f"{target} cannot be written: {error.strerror or error}") from error
+async def download_adapter(service: Service, state_path: str, folder: Path) -> None:
+    """Downloads the adapter of a training state into a new folder.
+
+    Loads the state (``tinker://…/weights/…``) in a separate session, saves it as external weights and deletes these after the
+    download. Raises ServiceError if the state is gone or external weights are not offered, ExportError if the download fails.
+    """
+    async with service.session() as own:
+        client = await own.load_weights(state_path)
+        path = await own.save_external(client, f"export-{secrets.token_hex(4)}", ttl_seconds=EXTERNAL_SECONDS)
+        try:
+            with _writing(folder):
+                await anyio.Path(folder).mkdir(exist_ok=True)
+            # Without the API key: the URLs may point to another host.
+            async with download_session() as session:
+                for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+                    await _fetch(session, own, path, folder / name)
+        finally:
+            with anyio.move_on_after(_DELETE_SECONDS, shield=True):
+                try:
+                    await own.delete_checkpoint(path)
+                except ServiceError as error:
+                    logger.info("%s could not be deleted and expires in an hour: %s", path, error)
+
+
+async def _fetch(session: aiohttp.ClientSession, service: Service, path: str, target: Path) -> None:
+    """Downloads a file of external weights. Each attempt has its URL signed, and continues where the last one broke off."""
+
+    async def attempt() -> bool:
+        urls = (await service.external_urls(path)).urls
+        if target.name not in urls:
+            listed = ", ".join(sorted(urls)) or "no files"
+            raise ExportError(f"{path} has no {target.name}, only {listed}: it is no PEFT adapter")
+        start = output.tell()
+        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+        async with session.get(urls[target.name], headers=headers) as response:
+            response.raise_for_status()
+            if start and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+                output.seek(0)
+                output.truncate()
+            await append_body(response, output)  # aiohttp raises if it ends early
+        return True
+
+    async def wait(error: Exception, seconds: float | None) -> None:
+        if seconds is None:
+            raise ExportError(
+                f"{target.name} of {path} could not be downloaded ({fault_of(error)}) in {len(PAUSES) + 1} attempts: check the "
+                "connection and export again"
+            ) from error
+        logger.info("%s of %s: %s; retrying in %g s", target.name, path, fault_of(error), seconds)
+        await anyio.sleep(seconds)
+
+    with _writing(target), target.open("wb", buffering=0) as output:
+        await retried(attempt, output.tell, PAUSES, wait)

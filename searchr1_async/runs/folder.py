@@ -1,6 +1,7 @@
 """A run's folder: claimed by one run at a time, resumed only by the same run, read back afterwards.
 
-A failed write raises :class:`CheckpointError`.
+Its ``unlearned/`` holds finished groups until a recorded step contains them, so that a killed run need not redo them. A failed write
+of the records is a :class:`CheckpointError`.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import shutil
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,20 +22,19 @@ import anyio
 import polars as pl
 from filelock import FileLock, Timeout
 
-from searchr1_async.billing import Billing, Cost, TokenUsage, find_price
-from searchr1_async.boundary.paths import write_atomically, write_parquet
+from searchr1_async.billing import Billing, Cost, CostEstimate, TokenUsage
+from searchr1_async.boundary.paths import parquet_bytes, remove_leftovers, write_atomically, write_parquet
 from searchr1_async.boundary.tables import read_parquet
 from searchr1_async.config import TrainConfig
-from searchr1_async.episodes.table import storable
-from searchr1_async.episodes.types import Question
-from searchr1_async.errors import CheckpointError, ConfigurationError, RunFolderError, first_error
+from searchr1_async.episodes.table import groups_from_frame, kept_groups_frame, storable
+from searchr1_async.episodes.types import Group, Question
+from searchr1_async.errors import CheckpointError, ConfigurationError, RunFolderError
 from searchr1_async.events import EvaluationFinished, StepFinished
+from searchr1_async.models import find_price
 from searchr1_async.records.run_records import RunRecords
-from searchr1_async.runs.checkpoints import KeptCheckpoint, ResumePoint, best_checkpoint
-from searchr1_async.runs.estimate import CostEstimate
 from searchr1_async.runs.evaluation import Evaluation
+from searchr1_async.runs.resume import KeptCheckpoint, ResumePoint, best_checkpoint, writing_records
 from searchr1_async.runs.weights import SEARCH_FILE, kept_record
-from searchr1_async.search.record import record_of, search_of
 from searchr1_async.search.search import Search
 
 logger = logging.getLogger(__name__)
@@ -51,16 +53,15 @@ _QUESTIONS_SCHEMA = pl.Schema(
 )
 _LOCK_FILE, _TOKENIZER = "run.lock", "tokenizer"
 CONFIG_FILE = "config.toml"
-_LOGS = {_LOCK_FILE, "service", "events.jsonl", "tensorboard", "wandb"}
 _OWN_FILES = {_QUESTIONS_FILE, SEARCH_FILE, CONFIG_FILE, _TOKENIZER, "checkpoints.json"}
-_DISPOSABLE = {*_LOGS, *_OWN_FILES, "tokenizer.partial"}
-"""Files a folder may hold before any work was done."""
+_GROUPS = re.compile(r"\d{8,}-[0-9a-f]{8}\.parquet")
+_UNREADABLE = (pl.exceptions.PolarsError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
+"""Raised by a file that is intact but holds no groups."""
 
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Locks the folder. If the input is refused, a folder created here is removed."""
-    is_new = not folder.exists()
+    """Locks the folder, which is created if it is missing."""
     lock = FileLock(folder / _LOCK_FILE)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,28 +75,22 @@ def claimed(folder: Path) -> Iterator[None]:
         raise RunFolderError(f"{folder} cannot be used as out_dir: {error.strerror or error}") from error
     try:
         yield
-    except BaseException as error:
-        is_refused = isinstance(first_error(error), ConfigurationError)
-        if is_refused and is_new and {path.name for path in folder.iterdir()} <= _DISPOSABLE:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
     finally:
         lock.release()
 
 
 async def keep_tokenizer(tokenizer: Any, folder: Path, *, anew: bool = False) -> None:
     """Saves the model's tokenizer in the run's folder, so its episodes can be decoded anywhere; ``anew`` replaces an old one."""
+    kept, partial = folder / _TOKENIZER, folder / "tokenizer.partial"
 
     def keep() -> None:
-        if (folder / _TOKENIZER).is_dir():
-            if not anew:
-                return
-            shutil.rmtree(folder / _TOKENIZER, ignore_errors=True)
-        partial = folder / "tokenizer.partial"
+        if kept.is_dir() and not anew:
+            return
+        shutil.rmtree(kept, ignore_errors=True)
         try:
             with writing_records(folder):
                 tokenizer.save_pretrained(partial)
-                partial.replace(folder / _TOKENIZER)
+                partial.replace(kept)
         except CheckpointError:
             raise
         except Exception as error:  # tokenizers with custom code: episodes are shown without token colours
@@ -114,12 +109,7 @@ def keep_questions(questions: Sequence[Question], folder: Path, *, anew: bool = 
     if path.exists() and not anew:
         return
     rows = [
-        (
-            storable(one.id),
-            storable(one.question),
-            list(map(storable, one.golden_answers)),
-            storable(one.data_source),
-        )
+        (storable(one.id), storable(one.question), list(map(storable, one.golden_answers)), storable(one.data_source))
         for one in questions
     ]
     with writing_records(folder):
@@ -129,7 +119,7 @@ def keep_questions(questions: Sequence[Question], folder: Path, *, anew: bool = 
 def keep_search(search: Search, folder: Path) -> None:
     """Saves how the run's search is built. Every session writes it, since a resume may have moved the index."""
     with writing_records(folder):
-        write_atomically(folder / SEARCH_FILE, json.dumps(record_of(search), indent=1).encode())
+        write_atomically(folder / SEARCH_FILE, json.dumps(search.record(), indent=1).encode())
 
 
 def keep_config(config: TrainConfig, folder: Path) -> None:
@@ -139,12 +129,7 @@ def keep_config(config: TrainConfig, folder: Path) -> None:
 
 
 def kept_search(folder: Path) -> Search:
-    """Rebuilds the search of the run in a folder. Reads the whole corpus: call it in a worker thread.
-
-    Raises:
-        ConfigurationError: it cannot be rebuilt; the message says to pass ``search=``.
-        CorpusError, EmbeddingError, StoreError: as :meth:`Search.from_description`.
-    """
+    """Rebuilds the search of the run in a folder. Reads the whole corpus: call it in a worker thread."""
     record = kept_record(folder)
     if record is None:
         raise ConfigurationError(
@@ -152,7 +137,7 @@ def kept_search(folder: Path) -> Search:
             "Search.local('atlas')"
         )
     try:
-        return search_of(record, None, f"the run in {folder}")
+        return Search.from_record(record, None, f"the run in {folder}")
     except ConfigurationError as error:
         raise type(error)(f"{error}, or pass search=…, which may be a different search") from error
 
@@ -175,7 +160,7 @@ def training_questions(folder: Path) -> tuple[Question, ...] | None:
 
 def is_claimed(folder: Path) -> bool:
     """Whether this or another process runs in the folder. Checking changes nothing there."""
-    path = folder / "run.lock"
+    path = folder / _LOCK_FILE
     if not path.exists():
         return False
     try:
@@ -197,21 +182,22 @@ def is_claimed(folder: Path) -> bool:
 
 
 def find_point(folder: Path, *, resume: bool) -> ResumePoint | None:
-    """The resume point in the folder, if any; None also if a run without ``resume`` would lose no work there. Cheap.
-
-    Raises:
-        RunFolderError: the folder holds a run's work that is not to be resumed, or it holds something else, or is unreadable.
-    """
+    """The resume point in the folder, if any; None also if a run without ``resume`` would lose no work there. Cheap."""
     point = ResumePoint.load(folder)
-    if point is None:
-        _refuse_foreign_files(folder)
-    elif not resume:
-        if work := work_in(folder, point):
+    if point is not None:
+        work = "" if resume else work_in(folder, point)
+        if work:
             raise RunFolderError(
                 f"{folder} holds a run ({work}): pass resume=True to continue it, or choose another out_dir"
             )
-        return None
-    return point
+        return point if resume else None
+    theirs = sorted(name for name in _OWN_FILES if (folder / name).exists())
+    # After a first claim they are leftovers of a failed attempt.
+    if (folder / MANIFEST_NAME).exists() or (theirs and not (folder / _LOCK_FILE).exists()):
+        raise RunFolderError(
+            f"{folder} holds {', '.join(theirs) or 'an evaluation'}, which a run would overwrite: choose another out_dir"
+        )
+    return None
 
 
 def work_in(folder: Path, point: ResumePoint) -> str:
@@ -219,7 +205,7 @@ def work_in(folder: Path, point: ResumePoint) -> str:
     if point.step:
         return f"{point.step} steps"
     parts = {
-        "warm-up steps": point.warm_up is not None and point.warm_up.step > 0,
+        "warm-up steps": bool(point.warm_up),
         "kept weights": point.sampler_path is not None,
         "evaluations": any((folder / "evaluations").glob("*.parquet")),
         "finished groups": any((folder / "unlearned").glob("*")),
@@ -228,37 +214,27 @@ def work_in(folder: Path, point: ResumePoint) -> str:
     return f"0 steps, but {' and '.join(found)}" if found else ""
 
 
-def _refuse_foreign_files(folder: Path) -> None:
-    """Refuses a folder with foreign files that a run would overwrite."""
-    if (folder / MANIFEST_NAME).exists():
-        raise RunFolderError(f"{folder} holds an evaluation: choose another out_dir")
-    theirs = sorted(name for name in _OWN_FILES if (folder / name).exists())
-    if theirs and not (folder / _LOCK_FILE).exists():  # after a first claim they are leftovers of a failed attempt
-        raise RunFolderError(f"{folder} holds {', '.join(theirs)}, which a run would overwrite: choose another out_dir")
-
-
 @dataclass(frozen=True)
 class TrainingResult:
     """Result of a run. All of it can be read back from ``out_dir``."""
 
     out_dir: Path
     steps: int
-    """Optimiser steps finished, earlier sessions of the run included."""
+    """Optimizer steps finished. All figures include the run's earlier sessions."""
     reason: str
-    """``finished``, ``time_limit``, ``max_cost`` or ``stopped``."""
+    """``finished``, ``time_limit``, ``max_cost`` or ``stopped``. Read from a folder also ``failed``, ``running``, or ``ended`` if the log does
+    not say why."""
     checkpoint: str | None
     """``tinker://`` path of the last weights kept for sampling."""
     evaluations: tuple[Evaluation, ...]
     """On the held-out questions, in order."""
     seconds: float
-    """Seconds of reinforcement learning, earlier sessions included."""
+    """Of reinforcement learning."""
     best: KeptCheckpoint | None = None
-    """The kept weights with the highest exact match on the held-out questions; None before any evaluation. Their score is
-    biased upwards by the selection: report them on other questions."""
+    """As :attr:`RecordedRun.best`."""
     cost: Cost | None = None
-    """Cost so far, earlier sessions included."""
     estimated_cost: CostEstimate | None = None
-    """Estimated cost of the whole run; None for a run read from its folder."""
+    """Of the whole run; None for a run read from its folder."""
 
 
 def result_of(folder: Path, point: ResumePoint | None, reason: str) -> TrainingResult:
@@ -285,20 +261,8 @@ def _cost_at(point: ResumePoint) -> Cost:
     return billing.cost_of(point.dollars, point.tokens)
 
 
-@contextmanager
-def writing_records(folder: Path) -> Iterator[None]:
-    """Turns a write error (disk full, no permission) into an error that says what is safe and what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write the records in {folder}: {error.strerror or error}. The run's last resume point is "
-            "intact: free some space and resume."
-        ) from error
-
-
 def evaluation_steps(records: RunRecords) -> dict[str, int | None]:
-    """Labels of a run's evaluations, in the order they were made, with the optimiser steps before each."""
+    """Labels of a run's evaluations, in the order they were made, with the optimizer steps before each."""
     steps = dict(records.evaluations().select("label", "step").unique().collect().iter_rows())
     return {label: steps.get(label) for label in records.evaluation_labels()}
 
@@ -318,13 +282,63 @@ def past_events(folder: Path) -> list[StepFinished | EvaluationFinished]:
     """A run's recorded steps and evaluations as events, for the view of its next session."""
     records = RunRecords(folder)
     try:
-        metrics, evaluations = records.metrics(), load_evaluations(records)
+        steps = records.metrics().iter_rows(named=True)
+        measured = [EvaluationFinished(each.label, each.step, each.metrics()) for each in load_evaluations(records)]
     except (OSError, RunFolderError) as error:  # only the view lacks its history; the run reports more
         logger.warning("cannot read the records of %s: %s", folder, error)
         return []
-    steps = [
-        StepFinished(row.pop("step"), {name: value for name, value in row.items() if value is not None})
-        for row in metrics.iter_rows(named=True)
-    ]
-    measured = [EvaluationFinished(found.label, found.step, found.metrics()) for found in evaluations]
-    return [*steps, *measured]
+    known = [{name: value for name, value in row.items() if value is not None} for row in steps]
+    return [*(StepFinished(int(row.pop("step")), row) for row in known), *measured]
+
+
+class UnlearnedGroups:
+    """Finished groups that no recorded step contains yet: one file per group, ``00000012-1a2b3c4d.parquet``: its place and its CRC-32,
+    since Parquet itself does not notice a damaged disk. Methods block on disk I/O: call them in a worker thread.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def write(self, groups: Mapping[int, Group]) -> None:
+        """Stores groups by place, instead of earlier ones of the same places; OSError if the disk is full."""
+        if not groups:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self.forget(groups)  # first: after a kill, no session has to choose between two
+        # One table for all, since most of the time goes into making one.
+        for (place,), rows in kept_groups_frame(groups).partition_by("place", as_dict=True).items():
+            content = parquet_bytes(rows)
+            write_atomically(self._folder / f"{place:08d}-{zlib.crc32(content):08x}.parquet", content)
+
+    def load(self) -> dict[int, Group]:
+        """The groups on disk, by place; deletes damaged files. Raises OSError if the folder is not readable.
+
+        A recorded step may contain some of them, if the process was killed before they were forgotten.
+        """
+        found: dict[int, Group] = {}
+        remove_leftovers(self._folder)
+        for path in self._files():
+            try:
+                if path.stem.endswith(f"-{zlib.crc32(path.read_bytes()):08x}"):
+                    found |= groups_from_frame(read_parquet(path))
+                    continue
+                problem = "another checksum"
+            except _UNREADABLE as error:
+                problem = type(error).__name__
+            logger.warning("%s is damaged (%s): its group is rolled out again", path, problem)
+            path.unlink()
+        return found
+
+    def forget(self, places: Iterable[int]) -> None:
+        """Deletes groups that a recorded step contains or that are no longer needed; unknown places are ignored."""
+        gone = {f"{place:08d}" for place in places}
+        for path in self._files():
+            if path.name[:8] in gone:
+                path.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Deletes everything: the run starts over."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _files(self) -> list[Path]:
+        return sorted(path for path in self._folder.glob("*.parquet") if _GROUPS.fullmatch(path.name))

@@ -1,11 +1,14 @@
-"""Rollouts without training, of an evaluation or of ``rollout()``: their watchers, service, engine and means."""
+"""Rollouts without training, of an evaluation or of ``rollout()``: their watchers, service, engine and means.
+
+Training opens its engine here as well (:func:`engine_on`), and evaluates its held-out questions (:func:`evaluate_policy`).
+"""
 
 from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -13,17 +16,26 @@ from typing import Any, Literal
 
 import anyio
 
-from searchr1_async.boundary.settings import Count, Seconds, Share, check_settings
+from searchr1_async.boundary.settings import Count, Seconds, Share, check_settings, settings_of
 from searchr1_async.boundary.signals import ending_cleanly
-from searchr1_async.config import MAX_SERVICE_OUTAGE, EpisodeLimits, LocalOptions, SamplingSettings
-from searchr1_async.episodes.formats import FORMATS, make_dialect
+from searchr1_async.config import (
+    MAX_SERVICE_OUTAGE,
+    AskConfig,
+    EpisodeLimits,
+    EpisodeSettings,
+    LocalOptions,
+    RolloutConfig,
+    SamplingSettings,
+)
+from searchr1_async.episodes.formats import check_format
 from searchr1_async.episodes.prompts import Method
 from searchr1_async.episodes.rendering import check_thinking
-from searchr1_async.episodes.reward import RewardFunction
+from searchr1_async.episodes.rewards import RecipeReward, RewardFunction
 from searchr1_async.episodes.types import Group, Passage, Question, SearchCall
-from searchr1_async.errors import ConfigurationError, ModelError, SearchError, first_error, ungrouped
+from searchr1_async.errors import ConfigurationError, SearchError, first_error, ungrouped
 from searchr1_async.events import (
     Emit,
+    EndReason,
     EvaluationFinished,
     Notice,
     PhaseAdvanced,
@@ -31,22 +43,22 @@ from searchr1_async.events import (
     PhaseStarted,
     RunEnded,
     RunStarted,
+    Watchers,
     emit_nothing,
 )
 from searchr1_async.records.metrics import CURVES, EpisodeMeans
 from searchr1_async.rollout.engine import GroupToPlay, RolloutEngine, open_engine
+from searchr1_async.rollout.messages import WorkerSpec
 from searchr1_async.rollout.player import GroupPolicy, TinkerPolicy
-from searchr1_async.rollout.workers.messages import WorkerSpec
 from searchr1_async.runs.evaluation import Evaluation
-from searchr1_async.runs.weights import RECIPE_EPISODES, EpisodeChoice, Weights, described_differences
-from searchr1_async.search.record import showing
+from searchr1_async.runs.weights import RECIPE_EPISODES, EpisodeChoice, Weights, described_differences, model_name
 from searchr1_async.search.search import Search
 from searchr1_async.service.availability import watching_service
 from searchr1_async.service.connection import Service, ServiceName, find_endpoint
-from searchr1_async.service.startup import check_chat_format, check_service, open_service
-from searchr1_async.watch.dashboard import Choice, View, open_view
-from searchr1_async.watch.subscribers import PaceWarning, Watchers
-from searchr1_async.watch.viewer.parts import remember_tokenizer
+from searchr1_async.service.opening import check_chat_format, check_service, open_service
+from searchr1_async.watch.episode_parts import remember_tokenizer
+from searchr1_async.watch.pace import PaceWarning
+from searchr1_async.watch.views import Choice, View, open_view
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +82,11 @@ class PlaySettings:
         check_settings(self)
         _ = self.limits  # checks them together
         check_format(self.episodes.format_name)
-        check_thinking(None, self.episodes.renderer, self.episodes.thinking)
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceChoice:
-    """Tinker service and model; see :func:`searchr1_async.service.startup.open_service`."""
+    """Tinker service and model; see :func:`searchr1_async.service.opening.open_service`."""
 
     service: ServiceName = None
     model: str | None = None
@@ -92,41 +103,70 @@ class ServiceChoice:
 
 @asynccontextmanager
 async def watching(title: str, progress: Choice, emit: Emit | None) -> AsyncIterator[Watchers]:
-    """The subscribers to the events of some work. Raises the package's first error of an exception group; Ctrl-C cancels the task."""
+    """The subscribers to the events of some work, which are told how it ended.
+
+    Raises the package's first error of an exception group; Ctrl-C cancels the task.
+    """
     view = open_view(progress, title=title)  # after validation: a view that is drawn waits for its work
     task = asyncio.current_task()
     assert task is not None
     with ungrouped(), ending_cleanly(task.cancel):
         async with AsyncExitStack() as stack:
             watchers = await open_watchers(stack, view, emit)
-            stack.push(_report_end(watchers))
-            yield watchers
+            reason: EndReason = "stopped"
+            try:
+                yield watchers
+                reason = "finished"
+            except Exception as error:
+                reason, cause = "failed", first_error(error)
+                watchers(Notice(f"{type(cause).__name__}: {cause}", is_warning=True))
+                raise
+            finally:
+                watchers(RunEnded(reason))
 
 
 @asynccontextmanager
-async def opened_service(choice: ServiceChoice, folder: Path | None, emit: Emit) -> AsyncIterator[Service]:
+async def opened_service(
+    choice: ServiceChoice, folder: Path | None, emit: Emit, *, trains: bool = False
+) -> AsyncIterator[Service]:
     """Opens the service; ``folder`` holds the embedded service's checkpoints, None: a temporary folder."""
     async with AsyncExitStack() as stack:
         folder = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="searchr1-")))
         service = await stack.enter_async_context(
             open_service(
-                choice.service, choice.model, folder=folder, local=choice.local, emit=emit, tokenizer=choice.tokenizer
+                choice.service,
+                choice.model,
+                folder=folder,
+                local=choice.local,
+                emit=emit,
+                tokenizer=choice.tokenizer,
+                trains=trains,
             )
         )
         remember_tokenizer(service.tokenizer)
         watch = await stack.enter_async_context(
-            watching_service(service.client, service.url, emit, choice.max_service_outage, "the work ends")
+            watching_service(
+                service.client, service.url, emit, choice.max_service_outage, *(() if trains else ("the work ends",))
+            )
         )
         yield replace(service, watch=watch)
 
 
+async def check_model(choice: ServiceChoice, episodes: EpisodeSettings, emit: Emit, *, trains: bool = False) -> None:
+    """Reports the service, and checks before it is opened that it has the model, and the model the chat format."""
+    emit(Notice(find_endpoint(choice.service).text))
+    model = await check_service(choice.service, choice.model, choice.local, trains=trains, emit=emit)
+    await check_chat_format(model, choice.tokenizer, renderer_name=episodes.renderer, thinking=episodes.thinking)
+
+
 def worker_spec(service: Service, play: PlaySettings, method: Method = "search") -> WorkerSpec:
     """How a model's episodes are rolled out; work with equal specs can share an engine."""
+    return _spec(service.model_name, service.tokenizer, play, method)
+
+
+def _spec(model_name: str, tokenizer: Any, play: PlaySettings, method: Method) -> WorkerSpec:
     return WorkerSpec(
-        play.episodes.format_name,
-        service.model_name,
-        service.tokenizer.name_or_path,
-        play.limits,
+        *(play.episodes.format_name, model_name, tokenizer.name_or_path, play.limits),
         renderer_name=play.episodes.renderer,
         thinking=play.episodes.thinking,
         instructions=play.episodes.instructions,
@@ -136,20 +176,8 @@ def worker_spec(service: Service, play: PlaySettings, method: Method = "search")
 
 
 def check_prompt(label: str, model_name: str, tokenizer: Any, play: PlaySettings, method: Method = "search") -> None:
-    """Refuses a prompt without room for a turn, or without a matching renderer. Call it in a worker thread.
-
-    Args:
-        label: whose prompt it is, for the message.
-    """
-    dialect = make_dialect(
-        play.episodes.format_name,
-        model_name,
-        tokenizer,
-        renderer_name=play.episodes.renderer,
-        thinking=play.episodes.thinking,
-        instructions=play.episodes.instructions,
-        method=method,
-    )
+    """Refuses a prompt without room for a turn, or without a matching renderer. Call it in a worker thread."""
+    dialect = _spec(model_name, tokenizer, play, method).dialect(tokenizer)
     given = SearchCall(("?",), ((),)) if method == "rag" else None
     needed = len(dialect.start(Question("", "?", ("?",)), given)) + play.limits.max_tokens
     if needed > play.limits.max_trajectory_tokens:
@@ -159,14 +187,12 @@ def check_prompt(label: str, model_name: str, tokenizer: Any, play: PlaySettings
         )
 
 
-@asynccontextmanager
-async def opened_engine(
+def engine_on(
     service: Service, spec: WorkerSpec, search: Search | None, play: PlaySettings, emit: Emit
-) -> AsyncIterator[RolloutEngine]:
-    """An engine with these settings on this service."""
-    watch = service.watch
-    tool = no_search if search is None else showing(search, play.episodes.n_results, play.episodes.max_passage_words)
-    async with open_engine(
+) -> AbstractAsyncContextManager[RolloutEngine]:
+    """An engine with these settings on this service; it does not pause by itself while the service is silent."""
+    tool = no_search if search is None else search.showing(play.episodes.n_results, play.episodes.max_passage_words)
+    return open_engine(
         spec,
         service.tokenizer,
         search=tool,
@@ -174,9 +200,18 @@ async def opened_engine(
         reward=play.reward,
         group_size=play.group_size,
         max_failed_fraction=play.max_failed_fraction,
-        emit=emit if watch is None else watch.hearing(emit),
+        emit=emit,
         search_metrics=(lambda: search.statistics.metrics()) if search is not None else dict,
-    ) as engine:
+    )
+
+
+@asynccontextmanager
+async def opened_engine(
+    service: Service, spec: WorkerSpec, search: Search | None, play: PlaySettings, emit: Emit
+) -> AsyncIterator[RolloutEngine]:
+    """As :func:`engine_on`, but it pauses while the service is silent."""
+    watch = service.watch
+    async with engine_on(service, spec, search, play, emit if watch is None else watch.hearing(emit)) as engine:
         with nullcontext() if watch is None else watch.holding(engine.pause):
             yield engine
 
@@ -190,7 +225,7 @@ def started(
         service.model_name,
         is_embedded=service.is_local,
         is_tinker=service.is_tinker,
-        embedder="none" if search is None else search.embedder.name,
+        embedder="none" if search is None else search.embedder_name,
         step=step or 0,
         group_size=play.group_size,
     )
@@ -216,54 +251,47 @@ async def open_search(search: Search, emit: Emit) -> None:
 @asynccontextmanager
 async def playing(
     search: Search,
-    play: PlaySettings,
-    choice: ServiceChoice,
-    *,
+    config: RolloutConfig | AskConfig,
     weights: Weights,
+    service: ServiceName,
+    *,
+    reward: RewardFunction | None = None,
     tells_differences: bool = False,
     progress: Choice = True,
     emit: Emit | None = None,
-) -> AsyncIterator[tuple[RolloutEngine, TinkerPolicy]]:
-    """An engine and a policy for a plain rollout; closes its services at the end.
+) -> AsyncIterator[tuple[RolloutEngine, TinkerPolicy, PlaySettings]]:
+    """An engine, a policy and their settings for a plain rollout; closes its services at the end.
 
     Args:
-        play: see :meth:`Weights.episodes` for settings as the weights were trained.
-        tells_differences: warn where ``play`` differs from how the weights were trained.
+        tells_differences: warn where the settings differ from how the weights were trained.
 
         The others as in :func:`searchr1_async.rollout` and :func:`searchr1_async.ask`.
     """
-    choice = with_model(choice, weights)
+    model = model_name(config.model.name, service)
+    check_thinking(model, config.episode.renderer, config.episode.thinking)
+    episodes = weights.episodes(EpisodeChoice().completed_by(config.episode), search).completed_by(RECIPE_EPISODES)
+    play = settings_of(
+        PlaySettings, config.flat(), reward=reward or RecipeReward(), sampling=config.sampling, episodes=episodes
+    )
+    choice = settings_of(
+        ServiceChoice,
+        config.flat(),
+        service=service,
+        model=model or weights.base_model,
+        local=config.local,
+        tokenizer=config.model.tokenizer or weights.tokenizer,
+    )
     async with watching("rollout", progress, emit) as watchers:
-        watchers(Notice(find_endpoint(choice.service).text))
-        if tells_differences:
-            _warn_of_differences(weights, play, watchers)
-        model = await check_service(choice.service, choice.model, choice.local, emit=watchers)
-        await check_chat_format(
-            choice.service,
-            model,
-            choice.tokenizer,
-            renderer_name=play.episodes.renderer,
-            thinking=play.episodes.thinking,
-        )
+        found = weights.trained.differences(episodes) if tells_differences and weights.trained is not None else None
+        if found:
+            text = f"the weights of {weights.run} are rolled out with {described_differences(found)}"
+            watchers(Notice(text, is_warning=True))
+        await check_model(choice, episodes, watchers)
         await open_search(search, watchers)
-        async with search, opened_service(choice, weights.service_folder, watchers) as service:
-            watchers(started("rollout", service, search, play, weights.step))
-            async with opened_engine(service, worker_spec(service, play), search, play, watchers) as engine:
-                yield engine, await policy_of(service, weights, play.sampling)
-
-
-def _warn_of_differences(weights: Weights, play: PlaySettings, emit: Emit) -> None:
-    if weights.trained is None:
-        return
-    if found := weights.trained.differences(play.episodes):
-        emit(
-            Notice(f"the weights of {weights.run} are rolled out with {described_differences(found)}", is_warning=True)
-        )
-
-
-def with_model(choice: ServiceChoice, weights: Weights) -> ServiceChoice:
-    """The choice, with the weights' base model as the default model."""
-    return replace(choice, model=choice.model or weights.base_model)
+        async with search, opened_service(choice, weights.service_folder, watchers) as opened:
+            watchers(started("rollout", opened, search, play, weights.step))
+            async with opened_engine(opened, worker_spec(opened, play), search, play, watchers) as engine:
+                yield engine, await policy_of(opened, weights, play.sampling), play
 
 
 async def policy_of(service: Service, weights: Weights, sampling: SamplingSettings) -> TinkerPolicy:
@@ -274,18 +302,6 @@ async def policy_of(service: Service, weights: Weights, sampling: SamplingSettin
 async def no_search(queries: Sequence[str]) -> Sequence[Sequence[Passage]]:
     """The search of work that never searches; raises a fatal :class:`SearchError`."""
     raise SearchError("an episode searched, but no search was given: pass one to evaluate()", is_fatal=True)
-
-
-def _report_end(emit: Emit) -> Callable[..., None]:
-    """An exit callback that reports how the work ended."""
-
-    def end(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception):
-            cause = first_error(error)
-            emit(Notice(f"{type(cause).__name__}: {cause}", is_warning=True))
-        emit(RunEnded("finished" if kind is None else "failed" if isinstance(error, Exception) else "stopped"))
-
-    return end
 
 
 async def open_watchers(stack: AsyncExitStack, view: View | None, emit: Emit | None) -> Watchers:
@@ -299,12 +315,6 @@ async def open_watchers(stack: AsyncExitStack, view: View | None, emit: Emit | N
     return watchers
 
 
-def check_format(name: str) -> None:
-    """Raises :class:`ModelError` for an unknown tool-call format."""
-    if name not in FORMATS:
-        raise ModelError(f"unknown tool-call format {name!r}: choose one of {', '.join(FORMATS)}")
-
-
 async def play_all(
     engine: RolloutEngine,
     questions: Sequence[Question],
@@ -314,12 +324,11 @@ async def play_all(
     phase: str,
     label: str,
     yields: bool = False,
-    on_question: Callable[[], None] = lambda: None,
 ) -> list[Group]:
     """Rolls out all questions and returns their groups in question order, with progress as a phase.
 
-    ``yields``: give way to other rollouts on the same engine. ``on_question`` is called when all samples of a question have
-    ended. Raises, within an exception group, what :meth:`RolloutEngine.play_groups` raises.
+    ``yields``: give way to other rollouts on the same engine. Raises, within an exception group, what
+    :meth:`RolloutEngine.play_groups` raises.
     """
     groups: dict[int, Group] = {}
     means = RunningMeans()
@@ -332,7 +341,6 @@ async def play_all(
     def finished(place: int, group: Group) -> None:
         groups[place] = group
         means.add(group, samples)
-        on_question()
         emit(PhaseAdvanced(phase, len(groups), means.metrics()))
 
     await engine.play_groups(
@@ -352,19 +360,9 @@ async def evaluate_policy(
     label: str,
     step: int,
     yields: bool = False,
-    on_question: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Evaluates a policy; arguments and errors as in :func:`play_all`."""
-    groups = await play_all(
-        engine,
-        questions,
-        policy,
-        samples=samples,
-        phase="evaluate",
-        label=label,
-        yields=yields,
-        on_question=on_question,
-    )
+    groups = await play_all(engine, questions, policy, samples=samples, phase="evaluate", label=label, yields=yields)
     episodes = tuple(episode for group in groups for episode in (*group.episodes, *group.failed))
     evaluation = Evaluation.of(label, episodes, step)
     # In a thread: aggregates all scores.

@@ -8,24 +8,24 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from searchr1_async.boundary.paths import as_name_or_folder
-from searchr1_async.boundary.settings import as_text, shown, shown_with_kind
+from searchr1_async.boundary.settings import check, shown, shown_with_kind
 from searchr1_async.config import EpisodeLimits, EpisodeSettings, as_weights
 from searchr1_async.episodes.rendering import AS_TEMPLATE
 from searchr1_async.errors import ConfigurationError, RunFolderError
-from searchr1_async.runs.checkpoints import KeptCheckpoint, ResumePoint, best_checkpoint, kept_checkpoints
+from searchr1_async.runs.resume import KeptCheckpoint, ResumePoint, best_checkpoint, kept_checkpoints
 from searchr1_async.search.search import Search
 from searchr1_async.service.connection import ServiceName, is_embedded
 
 TINKER_PATH = "tinker://"
 """Begins a checkpoint's path on a Tinker service."""
 SEARCH_FILE = "search.json"
-"""File in a run's folder that describes its search (:func:`~searchr1_async.search.record.record_of`)."""
+"""File in a run's folder that describes its search (:meth:`~searchr1_async.search.search.Search.record`)."""
 _PASSAGES = ("n_results", "max_passage_words")
 _LIMITS = tuple(field.name for field in fields(EpisodeLimits))
 
@@ -44,12 +44,6 @@ class EpisodeChoice(EpisodeSettings):
         """All of these limits; an open choice for None."""
         return cls() if limits is None else cls(**asdict(limits))
 
-    def __str__(self) -> str:
-        """The settings that differ from the recipe's: ``format='tags', max_turns=3``."""
-        usual = {**asdict(RECIPE_EPISODES), "max_passage_words": 0}
-        other = {name: value for name, value in asdict(self).items() if value is not None and value != usual[name]}
-        return ", ".join(f"{name}={value!r}" for name, value in other.items())
-
 
 RECIPE_EPISODES = EpisodeChoice.of_limits(EpisodeLimits()).completed_by(EpisodeChoice(format="hermes"))
 """The recipe's defaults."""
@@ -57,20 +51,22 @@ RECIPE_EPISODES = EpisodeChoice.of_limits(EpisodeLimits()).completed_by(EpisodeC
 
 def named_passages(search: Search | None) -> EpisodeChoice:
     """Number and length of passages, where the search was created with explicit values."""
-    if search is None:
-        return EpisodeChoice()
-    return _passages({name: getattr(search.settings, name) for name in _PASSAGES if name in search.named})
+    return EpisodeChoice() if search is None else _passages(search, search.named)
 
 
 def shown_passages(search: Search) -> EpisodeChoice:
     """Number and length of passages of a search."""
-    return _passages({name: getattr(search.settings, name) for name in _PASSAGES})
+    return _passages(search, _PASSAGES)
 
 
-def _passages(settings: Mapping[str, Any]) -> EpisodeChoice:
+def _passages(search: Search, names: Container[str]) -> EpisodeChoice:
+    return _choice({name: getattr(search.settings, name) for name in _PASSAGES if name in names})
+
+
+def _choice(passages: Mapping[str, Any]) -> EpisodeChoice:
     # A search uses None for whole passages.
-    words = (settings["max_passage_words"] or 0) if "max_passage_words" in settings else None
-    return EpisodeChoice(n_results=settings.get("n_results"), max_passage_words=words)
+    known: dict[str, Any] = {name: passages[name] or 0 for name in _PASSAGES if name in passages}
+    return EpisodeChoice(**known)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,18 +90,14 @@ class TrainedPlay:
         given = {"max_seconds", "thinking", *known, *(name for name in _PASSAGES if name in search)}
         thinking = settings.get("thinking", AS_TEMPLATE)  # older runs always followed the chat template
         return cls(
-            EpisodeChoice(**known, thinking=thinking).completed_by(_passages(search)).completed_by(RECIPE_EPISODES),
+            EpisodeChoice(**known, thinking=thinking).completed_by(_choice(search)).completed_by(RECIPE_EPISODES),
             settings.get("search"),
             f"{search['source']}, {search['embedder']}" if search else None,
             tuple(each.name for each in fields(EpisodeChoice) if each.name not in given),
         )
 
     def differences(self, measured: EpisodeChoice) -> dict[str, list[Any]]:
-        """Settings that differ from training, as ``[then, now]`` by name.
-
-        Args:
-            measured: leaves open only what has no default.
-        """
+        """Settings that differ from training, as ``[then, now]`` by name."""
         then, now = asdict(self.episodes), asdict(measured)
         known = [name for name in then if name not in ("max_seconds", *_PASSAGES, *self.unrecorded)]
         known += [name for name in _PASSAGES if name not in self.unrecorded and now[name] is not None]
@@ -118,7 +110,7 @@ def described_differences(differences: Mapping[str, list[Any]]) -> str:
 
 
 def kept_record(folder: Path) -> dict[str, Any] | None:
-    """The search record of the run in a folder (:func:`~searchr1_async.search.record.record_of`); None in runs of earlier versions.
+    """The search record of the run in a folder (:meth:`~searchr1_async.search.search.Search.record`); None in runs of earlier versions.
 
     Raises :class:`RunFolderError` if it cannot be read.
     """
@@ -148,7 +140,7 @@ class Weights:
     path: str | None = None
     """``tinker://`` path; None: the base model."""
     step: int | None = 0
-    """Optimiser steps behind them; None if unknown."""
+    """Optimizer steps behind them; None if unknown."""
     base_model: str | None = None
     """Their base model; None if unknown."""
     service_folder: Path | None = None
@@ -157,6 +149,12 @@ class Weights:
     """Folder of the run they come from."""
     trained: TrainedPlay | None = None
     """How that run rolls out episodes; None without a run's folder."""
+
+    @property
+    def tokenizer(self) -> str | None:
+        """Folder of the tokenizer that the run kept; None if there is none."""
+        folder = None if self.run is None else self.run / "tokenizer"
+        return str(folder) if folder is not None and folder.is_dir() else None
 
     def episodes(self, given: EpisodeChoice, search: Search | None) -> EpisodeChoice:
         """Episode settings for these weights: as given, else as the search was created, else as the run was trained."""
@@ -173,27 +171,22 @@ def find_weights(
         checkpoint: a run's folder, a ``tinker://…/sampler_weights/…`` path, or None for the base model.
         step: for a run: its last kept weights, the best on its held-out questions, or a step's number.
         service_folder: the embedded service's folder with a ``tinker://`` checkpoint; not needed for a run's folder.
-
-    Raises:
-        RunFolderError: the folder holds no run, or the run has not kept these weights.
     """
-    folder = Path(service_folder) if service_folder is not None else None
+    folder = None if service_folder is None else Path(service_folder)
     if checkpoint is None:
         return Weights(service_folder=folder)
     if isinstance(checkpoint, str) and checkpoint.startswith(TINKER_PATH):
-        return Weights(checkpoint, None, None, folder)
-    run = Path(checkpoint)
-    point, own = _opened(run)
-    folder = folder or own
+        return Weights(checkpoint, None, service_folder=folder)
+    run, point, folder = _opened(checkpoint, folder)
     trained = TrainedPlay.of(point.settings, _search_record(run))
-    if step == "last":
-        if point.sampler_path is None:
-            raise RunFolderError(
-                f"the run in {checkpoint} has kept no weights yet (it does after checkpoint_every steps, and at its end)"
-            )
-        return Weights(point.sampler_path, point.sampler_step or 0, point.base_model, folder, run, trained)
-    kept = _kept(run, step)
-    return Weights(kept.sampler_path, kept.step, point.base_model, folder, run, trained)
+    if step != "last":
+        kept = _kept(run, step)
+        return Weights(kept.sampler_path, kept.step, point.base_model, folder, run, trained)
+    if point.sampler_path is None:
+        raise RunFolderError(
+            f"the run in {run} has kept no weights yet: it does after checkpoint_every steps and at its end"
+        )
+    return Weights(point.sampler_path, point.sampler_step or 0, point.base_model, folder, run, trained)
 
 
 def find_state(source: str | Path, step: Step = "last", *, service_folder: str | Path | None = None) -> Weights:
@@ -203,38 +196,54 @@ def find_state(source: str | Path, step: Step = "last", *, service_folder: str |
         source: a run's folder, or a ``tinker://…/weights/…`` path; a path of another kind is a :class:`ConfigurationError`.
         step: ``"last"`` is the resume point's if no weights are kept yet.
     """
-    folder = Path(service_folder) if service_folder is not None else None
+    folder = None if service_folder is None else Path(service_folder)
     if isinstance(source, str) and source.startswith(TINKER_PATH):
         if source.removeprefix(TINKER_PATH).split("/")[1:2] != ["weights"]:
             raise ConfigurationError(
-                f"{source} is no training state: pass a path like tinker://RUN/weights/NAME. Weights saved only for sampling "
-                "cannot be loaded for training or exported."
+                f"{source} is no training state, only weights saved for sampling: pass a path like tinker://RUN/weights/NAME"
             )
-        return Weights(source, None, None, folder)
-    run = Path(source)
-    point, own = _opened(run)
-    folder = folder or own
-    # Not weights kept only for their evaluation: a running run deletes them afterwards.
-    kept = [one for one in kept_checkpoints(run) if one.for_good]
-    last = kept[-1] if kept and kept[-1].state_path else None
-    found = last if step == "last" else _kept(run, step)
-    if found is None:
-        return Weights(point.state_path, point.step, point.base_model, folder, run)
+        return Weights(source, None, service_folder=folder)
+    run, point, folder = _opened(source, folder)
+    if step != "last":
+        found = _kept(run, step)
+    else:
+        # Not weights kept only for their evaluation: a running run deletes them afterwards.
+        kept = [one for one in kept_checkpoints(run) if one.for_good]
+        if not kept or kept[-1].state_path is None:
+            return Weights(point.state_path, point.step, point.base_model, folder, run)
+        found = kept[-1]
     if found.state_path is None:
         raise RunFolderError(
-            f"the run in {run} kept the weights of step {found.step} for sampling only, as earlier versions of this "
-            f"package did. Its last state is available: step='last' (step {point.step}, {point.state_path})."
+            f"the run in {run} kept the weights of step {found.step} for sampling only, as earlier versions of this package "
+            f"did: step='last' has a state (of step {point.step})"
         )
     return Weights(found.state_path, found.step, point.base_model, folder, run)
 
 
-def _opened(run: Path) -> tuple[ResumePoint, Path | None]:
-    """A run's resume point, and its embedded service's folder, if any."""
+def refuse_other_service(weights: Weights, service: ServiceName) -> None:
+    """Raises :class:`RunFolderError` if a run's weights are on another kind of service than the one that would be opened."""
+    is_local = weights.service_folder is not None
+    if weights.run is None or is_embedded(service) == is_local or (is_local and service is not None):
+        return
+    where = (
+        "in its folder, for the embedded service"
+        if is_local
+        else "not in its folder but on the service that trained it"
+    )
+    raise RunFolderError(
+        f"the weights of {weights.run} are {where}: pass service=…, or {'unset' if is_local else 'set'} TINKER_API_KEY and "
+        "TINKER_BASE_URL"
+    )
+
+
+def _opened(given: str | Path, service_folder: Path | None) -> tuple[Path, ResumePoint, Path | None]:
+    """A run's folder, its resume point, and its embedded service's folder, if any."""
+    run = Path(given)
     point = ResumePoint.load(run) if run.is_dir() else None
     if point is None:
         raise RunFolderError(f"{run} holds no run: pass a run's folder or a tinker:// path")
     own = run / "service"
-    return point, own if own.is_dir() else None
+    return run, point, service_folder or (own if own.is_dir() else None)
 
 
 def _kept(run: Path, step: Step) -> KeptCheckpoint:
@@ -265,17 +274,13 @@ def as_search(name: str, value: Any) -> Search:
     if isinstance(value, Search):
         return value
     if inspect.iscoroutine(value):
-        value.close()
-        raise ConfigurationError(f"{name} is a coroutine: await it first, {name} = await Search.open(…)")
-    example = repr(str(value)) if isinstance(value, str | Path) else "'atlas'"
+        value.close()  # of Search.open(…), not awaited
     raise ConfigurationError(
-        f"{name} is {shown_with_kind(value)}: pass a Search, such as Search.local({example}) or await Search.open({example})"
+        f"{name} is {shown_with_kind(value)}: pass a Search, such as Search.local('atlas') or await Search.open('atlas')"
     )
 
 
 GivenSearch = Annotated[Search, as_search]
-
-
 GivenWeights = Annotated[str | Path, as_weights]
 
 
@@ -283,6 +288,6 @@ def model_name(model: str | Path | None, service: ServiceName) -> str | None:
     """A model's name; on the embedded service a folder becomes absolute, elsewhere it is refused."""
     if model is None or is_embedded(service):
         return None if model is None else as_name_or_folder("model", model)
-    if not (text := as_text("model", model)).strip():
+    if not (text := check("model", model, str)).strip():
         raise ConfigurationError(f"model is {model!r}: pass a name, or leave it out")
     return text

@@ -5,7 +5,7 @@ As ``sr.search``: embedders, vector stores, indexes and their sources, a server 
 
 from typing import TYPE_CHECKING
 
-from searchr1_async.boundary.lazy import lazy_names
+from searchr1_async.boundary import lazy_names
 
 if TYPE_CHECKING:
     from searchr1_async.data.corpus import Corpus as Corpus
@@ -13,14 +13,13 @@ if TYPE_CHECKING:
     from searchr1_async.search.builders import CompactReport as CompactReport
     from searchr1_async.search.builders import build_compact_index as build_compact_index
     from searchr1_async.search.builders import build_index as build_index
-    from searchr1_async.search.compact.layout import CompactSettings as CompactSettings
+    from searchr1_async.search.compact.files import CompactSettings as CompactSettings
     from searchr1_async.search.compact.store import CompactStore as CompactStore
     from searchr1_async.search.embedders import Embedder as Embedder
     from searchr1_async.search.embedders import SentenceTransformerEmbedder as SentenceTransformerEmbedder
     from searchr1_async.search.embedders import Vectors as Vectors
     from searchr1_async.search.gemini import GeminiEmbedder as GeminiEmbedder
-    from searchr1_async.search.http_client import ServedEmbedder as ServedEmbedder
-    from searchr1_async.search.http_client import ServedStore as ServedStore
+    from searchr1_async.search.http_client import ServedSearch as ServedSearch
     from searchr1_async.search.http_server import serve_search as serve_search
     from searchr1_async.search.index import IndexReport as IndexReport
     from searchr1_async.search.pacing import PacingSettings as PacingSettings
@@ -28,35 +27,10 @@ if TYPE_CHECKING:
     from searchr1_async.search.stats import SearchStatistics as SearchStatistics
     from searchr1_async.search.stores.chroma_folder import EmbeddedChroma as EmbeddedChroma
     from searchr1_async.search.stores.chroma_server import RemoteChroma as RemoteChroma
-    from searchr1_async.search.stores.chroma_sources import ChromaFolder as ChromaFolder
-    from searchr1_async.search.stores.chroma_sources import ChromaServer as ChromaServer
+    from searchr1_async.search.stores.sources import ChromaServer as ChromaServer
     from searchr1_async.search.stores.sources import VectorFiles as VectorFiles
     from searchr1_async.search.stores.vector_store import Found as Found
     from searchr1_async.search.stores.vector_store import Store as Store
     from searchr1_async.search.stores.vector_store import WritableStore as WritableStore
-    from searchr1_async.search.wire import ServingLimits as ServingLimits
 else:
-    __getattr__, __dir__, __all__ = lazy_names(
-        __name__,
-        {
-            "searchr1_async.data.corpus": "Corpus",
-            "searchr1_async.episodes.types": "SearchCall",
-            "searchr1_async.search.builders": "CompactReport build_compact_index build_index",
-            "searchr1_async.search.compact.layout": "CompactSettings",
-            "searchr1_async.search.compact.store": "CompactStore",
-            "searchr1_async.search.embedders": "Embedder SentenceTransformerEmbedder Vectors",
-            "searchr1_async.search.gemini": "GeminiEmbedder",
-            "searchr1_async.search.http_client": "ServedEmbedder ServedStore",
-            "searchr1_async.search.http_server": "serve_search",
-            "searchr1_async.search.index": "IndexReport",
-            "searchr1_async.search.pacing": "PacingSettings",
-            "searchr1_async.search.search": "Search",
-            "searchr1_async.search.stats": "SearchStatistics",
-            "searchr1_async.search.stores.chroma_folder": "EmbeddedChroma",
-            "searchr1_async.search.stores.chroma_server": "RemoteChroma",
-            "searchr1_async.search.stores.chroma_sources": "ChromaFolder ChromaServer",
-            "searchr1_async.search.stores.sources": "VectorFiles",
-            "searchr1_async.search.stores.vector_store": "Found Store WritableStore",
-            "searchr1_async.search.wire": "ServingLimits",
-        },
-    )
+    __getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

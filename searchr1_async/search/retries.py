@@ -1,38 +1,37 @@
-"""Requests to one service: slots, backoff, outages, ``Retry-After``, and a second request for the slowest.
+"""Requests to one service, each sent until it is answered: slots, backoff, outages and ``Retry-After``.
 
 A request in flight holds one of the service's slots. A batch that backs off holds none, so it does not block others. What
 to do is decided by :mod:`~searchr1_async.search.pacing`.
-
-Hedging follows Dean and Barroso, "The Tail at Scale", CACM 56(2), 2013: a second request after the 95th percentile of the
-latency cuts the tail for about 5 % more requests.
 """
 
 from __future__ import annotations
 
+import asyncio
+import copy
+import logging
 import math
-from collections import deque
+import random
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 import anyio
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
-from searchr1_async.boundary.waits import bounded_wait
+from searchr1_async.boundary.network import long_wait_text
+from searchr1_async.boundary.waits import REPORT_AFTER, Notify, notify_of_wait
 from searchr1_async.errors import SearchError, SearchUnavailableError
 from searchr1_async.search.faults import PassingFault, RefusedInput, TooManyRequests
-from searchr1_async.search.gathering import Deadline, Gathering, Item, Key, Value, Waiter, now_in_loop, still_wanted
-from searchr1_async.search.pacing import Flight, Pacer, PacingSettings, Telling
-from searchr1_async.search.stats import ServiceStatistics, ServiceTally
+from searchr1_async.search.pacing import Flight, Pacer, PacingSettings
+from searchr1_async.search.stats import ServiceStatistics
 
+logger = logging.getLogger(__name__)
 SUSPECT_AFTER = 2
 """Transient faults after which a batch is split, if others succeed. A 10 % fault rate splits 1 % of batches."""
 
-Result = TypeVar("Result")
-
-HEDGE_AFTER_REQUESTS, RECENT_REQUESTS = 50, 400
-"""Answered requests before hedging starts, and the window of recent latencies."""
+Key = TypeVar("Key")
+Item = TypeVar("Item")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +42,6 @@ class Capacity:
     """Per request."""
     requests: int
     """In flight at once."""
-    weight: int | None = None
-    """Total weight of the items of one request; None for no limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +52,47 @@ class RemoteService(Generic[Item, Value]):
     send: Callable[[Sequence[Item]], Awaitable[Sequence[Value]]]
     capacity: Callable[[], Capacity]
     pacing: PacingSettings
+    tally: ServiceStatistics
     failure: type[SearchError]
+
+
+def now_in_loop() -> float:
+    """The running event loop's time, or monotonic time outside of one."""
+    try:
+        return asyncio.get_running_loop().time()
+    except RuntimeError:
+        return time.monotonic()
+
+
+class Deadline:
+    """When a call of ``seconds`` expires. Extended during an outage (which has its own limit), and restarted after it."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.at = now_in_loop() + seconds
+
+
+@dataclass(slots=True)
+class WaitReports:
+    """Tells every wait over :data:`~searchr1_async.boundary.waits.REPORT_AFTER` seconds once, with its reason and its end.
+
+    The end of an outage is told when it comes.
+    """
+
+    tell: Notify = logger.warning
+    _told: dict[str, float] = field(default_factory=dict)
+
+    def report(self, what: str, why: object, seconds: float) -> None:
+        """Requests that fail together have about the same end, so they are told once."""
+        until = now_in_loop() + seconds
+        if seconds > REPORT_AFTER and until > self._told.get(what, -math.inf) + REPORT_AFTER:
+            self._told[what] = until
+            notify_of_wait(seconds, f"{what} ({why})", self.tell)
+
+    def end(self, what: str, words: str) -> None:
+        """Tells ``words`` where the wait was told."""
+        if self._told.pop(what, None) is not None:
+            self.tell(words)
 
 
 class RetriedRequests(Generic[Key, Item, Value]):
@@ -63,307 +100,176 @@ class RetriedRequests(Generic[Key, Item, Value]):
 
     Args:
         service: where requests go.
-        tally: its counters.
-        gathering: the keys in flight, and who waits for them.
+        wanted: the items of a batch; first drops the keys that nobody waits for from it.
+        waiting: number of keys that wait for a request.
         on_room: called when another batch may be sent.
-
-    Attributes:
-        waits: reports waits for the service through its ``tell``.
-        resting: batches that back off.
     """
 
     def __init__(
         self,
         service: RemoteService[Item, Value],
-        tally: ServiceTally,
-        gathering: Gathering[Key, Waiter[Key, Item, Value]],
+        wanted: Callable[[list[Key]], list[Item]],
+        waiting: Callable[[], int],
         on_room: Callable[[], None],
     ) -> None:
-        settings = service.pacing
         self._service = service
-        self._tally = tally
-        self._gathering = gathering
-        self._on_room = on_room
-        self._pacer = Pacer(settings)
-        self.waits = Telling(service.name, settings, self._pacer)
-        self._pause = wait_random_exponential(multiplier=2 * settings.first_pause, max=settings.longest_pause)
+        self._wanted, self._waiting, self._on_room = wanted, waiting, on_room
+        self.pacer = Pacer(service.pacing)
+        self.waits = WaitReports()
         self.resting = 0
+        """Batches that back off."""
         self._queued = 0
         self._freed = anyio.Event()
         self._answered_at = -math.inf
-        self._slowest = Slowest(settings.hedged_fraction)
 
     @property
     def statistics(self) -> ServiceStatistics:
         """Totals and current state."""
         return replace(
-            self._tally.snapshot(),
-            limit=min(self._pacer.limit, self._service.capacity().requests),
-            in_flight=self._pacer.in_flight,
-            waiting=self._gathering.waiting,
-            seconds_down=self._pacer.down_for(now_in_loop()),
+            copy.deepcopy(self._service.tally),
+            limit=min(self.pacer.limit, self._service.capacity().requests),
+            in_flight=self.pacer.in_flight,
+            waiting=self._waiting(),
+            seconds_down=self.pacer.down_for(now_in_loop()),
         )
-
-    @property
-    def items_in_flight(self) -> int:
-        """Items of all requests in flight."""
-        return self._pacer.items_in_flight
 
     def has_room(self) -> bool:
         """Whether a new batch may be sent now; retries go first."""
-        return not self._queued and self._pacer.may_send(now_in_loop(), self._service.capacity().requests)
+        return not self._queued and self.pacer.may_send(now_in_loop(), self._service.capacity().requests)
 
-    def begin(self, items: int) -> Flight:
-        """Takes a slot; only if :meth:`has_room`."""
-        return self._pacer.begin(now_in_loop(), items)
-
-    # Deadlines
-
-    def put_off(self, deadline: Deadline) -> bool:
-        """Extends a passed deadline during an outage, and restarts it after one; False if it is final."""
-        if self._pacer.is_failing:
-            deadline.put_off(now_in_loop())
-        elif self._pacer.up_since + deadline.seconds > now_in_loop():
-            deadline.put_off(self._pacer.up_since)
-        else:
-            return False
-        return True
-
-    def too_late(self, deadline: Deadline) -> SearchError:
-        """The failure of a call whose deadline has passed."""
-        now = now_in_loop()
-        opens = self._pacer.opens_at(now)
-        asked = "" if opens is None else f"; it asks to back off for another {opens - now:.0f} s (a rate limit?)"
-        return self._service.failure(
-            f"no answer from {self._service.name} within {deadline.seconds:g} s{asked}: check that it is up and its rate "
-            "limits, or set a longer deadline"
+    def expired(self, deadline: Deadline) -> SearchError | None:
+        """The failure of a call whose deadline has passed; None if an outage puts it off."""
+        now, service = now_in_loop(), self._service
+        since = now if self.pacer.is_failing else self.pacer.up_since
+        if since + deadline.seconds > now:
+            deadline.at = since + deadline.seconds
+            return None
+        return service.failure(
+            f"no answer from {service.name} within {deadline.seconds:g} s: check that it is up and its rate limits, or set a "
+            "longer deadline"
         )
-
-    # Retries
 
     async def answers(self, batch: list[Key], flight: Flight | None) -> Mapping[Key, Value]:
         """Sends a batch until it is answered, first in the slot ``flight``; drops keys that nobody waits for.
 
-        Raises:
-            RefusedInput: an item may be the cause of its faults: send it in parts.
-            SearchUnavailableError: the service was down for too long, or asks for too long a wait.
-            SearchError: it failed permanently, or for too long.
+        Raises RefusedInput where it should be sent in parts, since an item may be the cause of its faults.
         """
-        began = now_in_loop()
-        retrying = AsyncRetrying(
-            retry=retry_if_exception_type(PassingFault),
-            wait=self._pause_after,
-            stop=lambda state: self._is_hopeless(began) or self._is_suspect(batch, state, began),
-            sleep=self._rest,
-            reraise=True,
-        )
-        values: Mapping[Key, Value] = {}
-        try:
-            async for attempt in retrying:
-                with attempt:
-                    begun, flight = flight or await self._slot(len(batch)), None
-                    values = await self._attempt(batch, begun)
-        except PassingFault as fault:
-            now, name = now_in_loop(), self._service.name
-            if len(batch) > 1 and not self._is_hopeless(began):
-                raise RefusedInput(str(fault)) from fault
-            if down := self._pacer.down_for(now):
-                raise SearchUnavailableError(
-                    f"{name} has been down for {down:.0f} s ({fault}): restart it and resume, or raise "
-                    "PacingSettings.max_outage"
-                ) from fault
-            raise self._service.failure(f"{name} kept failing for {now - began:.0f} s ({fault})") from fault
-        return values
+        began, faults = now_in_loop(), 0
+        while True:
+            taken, flight = flight or await self._slot(len(batch)), None
+            try:
+                return await self._attempt(batch, taken)
+            except PassingFault as fault:
+                faults += 1
+                self._refuse_hopeless(fault, began)
+                # Others succeed, so an item in it may be the cause; one that times out may be too large.
+                is_suspect = self._answered_at > began or fault.cause == "timeout"
+                if len(batch) > 1 and faults >= SUSPECT_AFTER and is_suspect:
+                    raise RefusedInput(str(fault)) from fault
+                self._report(fault)
+                pause = self._pause_after(fault, faults)
+            await self._rest(pause)
 
-    def _pause_after(self, state: RetryCallState) -> float:
-        error = state.outcome.exception() if state.outcome else None
-        if isinstance(error, TooManyRequests) or self._pacer.down_for(now_in_loop()):
+    def _refuse_hopeless(self, fault: PassingFault, began: float) -> None:
+        """Raises if the service asks for too long a wait, has been down for too long, or fails this batch for too long."""
+        now, name, pacing = now_in_loop(), self._service.name, self._service.pacing
+        if (asked := fault.retry_after or 0.0) > pacing.longest_wait:
+            words = long_wait_text(name, asked, pacing.longest_wait, "PacingSettings.longest_wait")
+            raise SearchUnavailableError(f"{words} ({fault})") from fault
+        down = self.pacer.down_for(now)
+        if down > pacing.max_outage:
+            raise SearchUnavailableError(
+                f"{name} has been down for {down:.0f} s ({fault}): restart it and resume, or raise PacingSettings.max_outage"
+            ) from fault
+        if not down and now - max(began, self.pacer.up_since) > pacing.retry_budget:
+            raise self._service.failure(f"{name} kept failing for {now - began:.0f} s ({fault})") from fault
+
+    def _report(self, fault: PassingFault) -> None:
+        now, service = now_in_loop(), self._service
+        down = self.pacer.down_for(now)
+        if isinstance(fault, TooManyRequests):
+            self.waits.report(f"{service.name} asks to back off", fault, (self.pacer.opens_at(now) or now) - now)
+        elif not down:
+            self.waits.report(f"{service.name} asks to back off", fault, fault.retry_after or 0.0)
+        elif down > REPORT_AFTER:
+            self.waits.report(f"{service.name} does not answer", fault, service.pacing.max_outage - down)
+
+    def _pause_after(self, fault: PassingFault, faults: int) -> float:
+        """Seconds of backoff, with full jitter."""
+        if isinstance(fault, TooManyRequests) or self.pacer.down_for(now_in_loop()):
             return 0.0  # the pacer delays all batches, this one included
-        asked = error.retry_after if isinstance(error, PassingFault) else None
-        return max(asked or 0.0, self._pause(state))
+        pacing = self._service.pacing
+        longest = min(2 * pacing.first_pause * 2.0 ** min(faults - 1, 30), pacing.longest_pause)
+        return max(fault.retry_after or 0.0, random.uniform(0, longest))
 
     async def _rest(self, seconds: float) -> None:
         """Backoff. A resting batch wakes nobody, so if all of them rest, a waiting one has to probe."""
         self.resting += 1
         try:
             if seconds:
-                self._on_room()
+                self._on_room()  # others need not wait for this batch
             await anyio.sleep(seconds)
         finally:
             self.resting -= 1
-
-    def _is_hopeless(self, began: float) -> bool:
-        now, settings = now_in_loop(), self._service.pacing
-        if down := self._pacer.down_for(now):
-            return down > settings.max_outage
-        return now - max(began, self._pacer.up_since) > settings.retry_budget
-
-    def _is_suspect(self, batch: Sequence[Key], state: RetryCallState, began: float) -> bool:
-        """Fails repeatedly while others succeed: an item in it may be the cause, so it is split."""
-        if len(batch) == 1 or state.attempt_number < SUSPECT_AFTER:
-            return False
-        error = state.outcome.exception() if state.outcome else None
-        # A batch that times out may be too large.
-        return self._answered_at > began or (isinstance(error, PassingFault) and error.cause == "timeout")
-
-    # Requests
 
     async def _slot(self, items: int) -> Flight:
         """Waits for a request slot and takes it."""
         self._queued += 1
         try:
-            while not self._pacer.may_send(now := now_in_loop(), self._service.capacity().requests):
-                opens = self._pacer.opens_at(now)
-                with anyio.move_on_after(math.inf if opens is None else opens - now):
+            while not self.pacer.may_send(now := now_in_loop(), self._service.capacity().requests):
+                opens = self.pacer.opens_at(now)
+                with anyio.move_on_after(None if opens is None else opens - now):
                     await self._freed.wait()
-            flight = self._pacer.begin(now, items)
+            flight = self.pacer.begin(now, items)
         finally:
             self._queued -= 1
         self._on_room()  # there may be room for more
         return flight
 
     async def _attempt(self, batch: list[Key], flight: Flight) -> Mapping[Key, Value]:
-        """Sends one request and reports its outcome to the pacer."""
-        most = self._service.capacity().requests
-        is_ended = False
+        """Sends one request and tells the pacer its outcome."""
+        is_settled = False
         try:
-            if not (items := still_wanted(self._gathering, batch)):
+            if not (items := self._wanted(batch)):
                 return {}
-            values = await self._hedged(items)
-            if len(values) != len(batch):
-                raise PassingFault(
-                    f"{self._service.name} answered {len(values)} of {len(batch)} items", cause="malformed"
-                )
-        except PassingFault as fault:
-            is_ended = True
-            self._failed(fault, flight)
-            raise
-        except SearchError:  # the service is up and refuses
-            is_ended = True
-            self._pacer.succeeded(flight, now_in_loop(), most=most, is_short=False)
-            raise
-        else:
-            is_ended, now = True, now_in_loop()
-            is_short = self._gathering.waiting >= self._service.capacity().items
-            self._pacer.succeeded(flight, now, most=most, is_short=is_short)
-            self.waits.answered()
-            self._answered_at = now
-            self._tally.latency.add(now - flight.began)
-            self._slowest.add(now - flight.began)
+            values = await self._request(items)
+            is_settled = True
+            self._settle(flight, None)
             return dict(zip(batch, values, strict=True))
+        except SearchError as fault:
+            is_settled = True
+            self._settle(flight, fault)
+            raise
         finally:
-            if not is_ended:
-                self._pacer.abandoned(flight)
-            self._wake_queued()
-
-    def _failed(self, fault: PassingFault, flight: Flight) -> None:
-        now = now_in_loop()
-        self._tally.faults[fault.cause] += 1
-        if isinstance(fault, TooManyRequests):
-            self._pacer.pushed_back(flight, now, fault.retry_after)
-        else:
-            self._pacer.failed(flight, now)
-        self.waits.refuse_long(fault)
-        self.waits.failed(fault, now)
-        self._on_room()  # others need not wait for this batch's backoff
-
-    def _wake_queued(self) -> None:
-        self._freed.set()
-        self._freed = anyio.Event()
-
-    async def _hedged(self, items: Sequence[Item]) -> Sequence[Value]:
-        """Sends one request, and a second one if the first is among the slowest and there is room."""
-        delay = self._slowest.delay(sent=self._tally.sizes.total(), hedged=self._tally.hedged)
-        if delay is None:
-            return await self._request(items)
-        return await hedged(lambda: self._request(items), delay, self._begin_hedge, self._end_hedge)
-
-    def _begin_hedge(self) -> Flight | None:
-        now = now_in_loop()
-        if not self._pacer.may_send(now, self._service.capacity().requests):
-            return None
-        self._tally.hedged += 1
-        return self._pacer.begin(now)
-
-    def _end_hedge(self, flight: Flight) -> None:
-        self._pacer.abandoned(flight)
-        self._wake_queued()
-        self._on_room()
+            if not is_settled:
+                self.pacer.abandoned(flight)
+            self._freed.set()
+            self._freed = anyio.Event()
 
     async def _request(self, items: Sequence[Item]) -> Sequence[Value]:
         service = self._service
-        self._tally.sizes[len(items)] += 1
+        service.tally.batch_sizes[len(items)] += 1
         timeout = service.pacing.request_timeout
-        # A service with one request at a time computes locally, which may take long.
-        is_watched = self.waits.tell is not None and service.capacity().requests > 1
         try:
-            with self._watched(timeout) if is_watched else anyio.fail_after(timeout):
-                return await service.send(items)
+            with anyio.fail_after(timeout):
+                values = await service.send(items)
         except TimeoutError as error:
             raise PassingFault(f"{service.name} did not answer within {timeout:g} s", cause="timeout") from error
+        if len(values) != len(items):
+            raise PassingFault(f"{service.name} answered {len(values)} of {len(items)} items", cause="malformed")
+        return values
 
-    def _watched(self, timeout: float) -> AbstractContextManager[None]:
-        began = now_in_loop()
-
-        def tell(text: str) -> None:
-            if self._answered_at < began:
-                self.waits.hangs(text, began + timeout)
-
-        return bounded_wait(f"{self._service.name} has not answered", tell, timeout)
-
-
-class Slowest:
-    """The latency after which a request counts as one of the slowest ``fraction``; 0 disables hedging."""
-
-    def __init__(self, fraction: float) -> None:
-        self._fraction = fraction
-        self._recent: deque[float] = deque(maxlen=RECENT_REQUESTS)
-
-    def add(self, seconds: float) -> None:
-        self._recent.append(seconds)
-
-    def delay(self, *, sent: int, hedged: int) -> float | None:
-        """Seconds after which to hedge a request, or None. Caps ``hedged`` at its share of ``sent``, even in a slowdown."""
-        if not self._fraction or hedged >= self._fraction * sent or len(self._recent) < HEDGE_AFTER_REQUESTS:
-            return None
-        # 5 % above, so that nothing is hedged if all latencies are equal.
-        return 1.05 * sorted(self._recent)[int((1 - self._fraction) * len(self._recent))]
-
-
-async def hedged(
-    request: Callable[[], Awaitable[Result]],
-    delay: float,
-    begin: Callable[[], Flight | None],
-    end: Callable[[Flight], None],
-) -> Result:
-    """The result of a request, or of a second one sent after ``delay`` seconds, whichever comes first.
-
-    ``begin`` takes a slot for the second (None if there is none), ``end`` releases it. Raises the first exception if neither
-    succeeds.
-    """
-    answers: list[Result] = []
-    errors: list[Exception] = []
-    running = 1
-
-    async def race() -> None:
-        nonlocal running
-        try:
-            answers.append(await request())
-        except Exception as error:
-            errors.append(error)
-        running -= 1
-        if answers or not running:
-            racers.cancel_scope.cancel()
-
-    async with anyio.create_task_group() as racers:
-        racers.start_soon(race)
-        await anyio.sleep(delay)
-        if (flight := begin()) is not None:
-            running += 1
-            try:
-                await race()
-            finally:
-                end(flight)
-    if not answers:
-        raise errors[0]
-    return answers[0]
+    def _settle(self, flight: Flight, fault: SearchError | None) -> None:
+        now, service = now_in_loop(), self._service
+        if isinstance(fault, PassingFault):
+            service.tally.faults[fault.cause] += 1
+            self.pacer.failed(flight, now, fault)
+            return
+        # A refusal, too, says that it is up.
+        capacity = service.capacity()
+        is_short = fault is None and self._waiting() >= capacity.items
+        self.pacer.succeeded(flight, now, most=capacity.requests, is_short=is_short)
+        if fault is None:
+            self._answered_at = now
+            self.waits.end(f"{service.name} does not answer", f"{service.name} answers again")
+            service.tally.latency.add(now - flight.began)

@@ -6,7 +6,9 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -14,26 +16,26 @@ from typing import Any, Self, Unpack
 import anyio
 
 from searchr1_async.boundary.paths import absolute_path
+from searchr1_async.boundary.settings import check_setting
 from searchr1_async.data.corpus import CorpusSource
+from searchr1_async.episodes.play import SearchTool
 from searchr1_async.episodes.prompts import MAX_QUERY_CHARACTERS, clean_query
-from searchr1_async.errors import ConfigurationError, SearchError, StoreError
-from searchr1_async.search.answers import AnswerCache, AnswerKey, Lookup
-from searchr1_async.search.compact.store import CompactStore
+from searchr1_async.errors import ConfigurationError, SearchError
+from searchr1_async.search.answers import Lookup, SearchOptions, SearchSettings
+from searchr1_async.search.cache import AnswerCache, AnswerKey
 from searchr1_async.search.embedders import DEFAULT_MODEL, Embedder
 from searchr1_async.search.index import LocalIndex, OnProgress, log_notices
 from searchr1_async.search.passage_embedding import BuildOptions
-from searchr1_async.search.places import (
-    Place,
-    SearchOptions,
-    SearchSettings,
-    check_n_results,
-    chroma_place,
-    compact_place,
-    find_place,
-    local_place,
+from searchr1_async.search.retrievers import (
+    OpenStore,
+    Retriever,
+    chroma_retriever,
+    described_retriever,
+    find_retriever,
+    local_retriever,
 )
-from searchr1_async.search.stats import SearchStatistics, SearchTally
-from searchr1_async.search.stores.vector_store import Found, Store, open_embedder, open_store
+from searchr1_async.search.stats import SearchStatistics
+from searchr1_async.search.stores.vector_store import Found
 
 logger = logging.getLogger(__name__)
 
@@ -47,42 +49,40 @@ class Search:
             (passages,) = await search.search(["capital of Namibia"])
 
     Queries that arrive while requests are in flight are batched into the next request; equal queries are sent once, and
-    repeated ones come from a cache. Embedding and lookup are pipelined and paced separately. There is no background task
-    (see :mod:`~searchr1_async.search.dispatch`). Several users of one event loop may enter it, and it can be reopened in
-    another event loop once closed.
+    repeated ones come from a cache. Several users of one event loop may enter it, and it can be reopened in another event loop.
 
     Args:
-        embedder: turns queries into vectors.
+        embedder: turns queries into vectors; None for a served search, which does so itself.
         store: finds the nearest passages; or a corpus with its index folder.
-        options: see :class:`SearchOptions`.
+        options: see :class:`SearchSettings`.
 
     Raises:
         ConfigurationError: a setting is out of range.
     """
 
-    def __init__(self, embedder: Embedder, store: Store | LocalIndex, **options: Unpack[SearchOptions]) -> None:
-        settings = SearchSettings(**options)
-        self._settings = settings
+    def __init__(
+        self, embedder: Embedder | None, store: OpenStore | LocalIndex, **options: Unpack[SearchOptions]
+    ) -> None:
+        self.settings = settings = SearchSettings(**options)
         self.named = frozenset(options)
         """Names of the options that were given; the others have their defaults."""
         path = settings.cache_path
         self._answers = AnswerCache(
             settings.cache_entries, None if path is None else absolute_path(path, "cache_path"), settings.cache_bytes
         )
-        self._embedder = embedder
-        self._source = store
-        self._description: Mapping[str, Any] | None = None
-        self._tally = SearchTally()
+        self._retriever = Retriever(embedder, store)
+        self._tally = SearchStatistics()
         self._users = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._opening = anyio.Lock()
-        self._store: Store | None = None
+        self.store: OpenStore | None = None
+        """The open store; None while the search is closed."""
         self._lookup: Lookup | None = None
 
     @classmethod
-    def _at(cls, place: Place, **options: Unpack[SearchOptions]) -> Self:
-        search = cls(place.embedder, place.store, **options)
-        search._description = place.description
+    def _over(cls, retriever: Retriever, **options: Unpack[SearchOptions]) -> Self:
+        search = cls(retriever.embedder, retriever.store, **options)
+        search._retriever = retriever
         return search
 
     @classmethod
@@ -100,14 +100,14 @@ class Search:
             corpus: ``"atlas"`` (built in), a file, passages, a frame or a list of dicts; see :func:`load_corpus`.
             path: the index folder; None for one in the user's cache, named by corpus and embedder.
             embedder: a sentence-transformers model by name or folder, ``"gemini-embedding-001"``, or an :class:`Embedder`.
-            options: see :class:`SearchOptions`.
+            options: see :class:`SearchSettings`.
 
         Raises:
             CorpusError: no such corpus, or its first row is unusable.
             EmbeddingError: the embedder's library is not installed, or its folder does not exist.
             ConfigurationError: a setting is out of range.
         """
-        return cls._at(local_place(corpus, path, embedder), **options)
+        return cls._over(local_retriever(corpus, path, embedder), **options)
 
     @classmethod
     def chroma(
@@ -117,38 +117,25 @@ class Search:
         collection: str = "wiki_embeddings",
         *,
         embedder: str | Path | Embedder,
-        ssl: bool = False,
-        headers: Mapping[str, str] | None = None,
-        token: str | None = None,
-        tenant: str = "default_tenant",
-        database: str = "default_database",
         **options: Unpack[SearchOptions],
     ) -> Self:
         """Search over an existing collection of a Chroma server (``chroma run --path <folder>``).
 
-        For Chroma Cloud, use ``Search(embedder, RemoteChroma.cloud(...))``.
+        With a token, another tenant or Chroma Cloud: ``Search(embedder, RemoteChroma(...))``.
 
         Args:
             host: name, address or URL.
             port: TCP port.
             collection: must exist. Its documents are the passages; ``title`` in the metadata is used if present.
-            embedder: the one the collection was built with: ``"gemini-embedding-001"`` for the recipe's, a
-                sentence-transformers model, or an :class:`Embedder`.
-            ssl: use HTTPS.
-            headers: sent with every request.
-            token: sent as Chroma's token header.
-            tenant: of the collection.
-            database: of the collection.
-            options: see :class:`SearchOptions`.
+            embedder: of the collection's vectors, as for :meth:`local`; ``"gemini-embedding-001"`` for the recipe's.
+            options: see :class:`SearchSettings`.
 
         Raises:
             EmbeddingError: the embedder's library is not installed, or its folder does not exist.
             StoreError: invalid collection name.
             ConfigurationError: a setting is out of range.
         """
-        address = {"host": host, "port": port, "collection": collection, "ssl": ssl}
-        address |= {"tenant": tenant, "database": database}
-        return cls._at(chroma_place(address, embedder, headers, token), **options)
+        return cls._over(chroma_retriever(embedder, host=host, port=port, collection=collection), **options)
 
     @classmethod
     async def open(
@@ -168,12 +155,12 @@ class Search:
             search = await Search.open("http://192.168.0.7:8200")    # `python -m searchr1_async serve`
 
         Args:
-            place: folder of a compact index, of an index built by :meth:`local`, or of a Chroma database; a corpus (as for
-                :meth:`local`); or the URL of ``searchr1_async serve`` or, with ``collection``, of a Chroma server.
-            embedder: of the index's vectors; None for the one the index names, or the remote one of a served search.
+            place: folder of an index or a Chroma database; a corpus, as for :meth:`local`; or the URL of ``searchr1_async serve`` or,
+                with ``collection``, of a Chroma server.
+            embedder: of the index's vectors; None for the one the index names, or for a served search.
             collection: of a Chroma folder or server; None for the only one of a folder.
             token: of a server.
-            options: see :class:`SearchOptions`.
+            options: see :class:`SearchSettings`.
 
         Raises:
             ConfigurationError: the embedder is unknown or does not match the index, or there are several collections.
@@ -181,73 +168,82 @@ class Search:
             EmbeddingError: the embedder's library or folder is missing.
             StoreError: nothing searchable, an unfinished index, or no answer from the server.
         """
-        return cls._at(await find_place(place, embedder, collection, token), **options)
-
-    @classmethod
-    def compact(
-        cls, folder: str | Path, *, embedder: str | Path | Embedder | None = None, **options: Unpack[SearchOptions]
-    ) -> Self:
-        """Search over a compact index. :meth:`open` detects one by itself.
-
-        Raises:
-            ConfigurationError, EmbeddingError, StoreError: as :meth:`open`.
-        """
-        return cls._at(compact_place(absolute_path(folder, "folder"), embedder), **options)
+        return cls._over(await find_retriever(place, embedder, collection, token), **options)
 
     @property
     def n_results(self) -> int:
-        """Default number of passages per query."""
-        return self._settings.n_results
+        return self.settings.n_results
 
     @property
     def description(self) -> dict[str, Any] | None:
         """JSON values for :meth:`from_description`; None if they would need in-memory objects or secrets."""
-        if self._description is None:
-            return None
-        settings = self._settings
+        described = self._retriever.description
+        return None if described is None else {**described, **self._shown}
+
+    @property
+    def _shown(self) -> dict[str, Any]:
+        return {"n_results": self.settings.n_results, "max_passage_words": self.settings.max_passage_words}
+
+    @classmethod
+    def from_description(cls, description: Mapping[str, Any]) -> Self:
+        """Recreates a described search, without opening it. Raises ConfigurationError if it is none, or as :meth:`local`."""
+        arguments = dict(description)
+        shown = {name: arguments.pop(name) for name in ("n_results", "max_passage_words") if name in arguments}
+        return cls._over(described_retriever(**arguments), **SearchOptions(**shown))
+
+    def record(self) -> dict[str, Any]:
+        """JSON values for :meth:`from_record`. Reads the whole corpus: call it in a worker thread. Raises CorpusError."""
         return {
-            **self._description,
-            "n_results": settings.n_results,
-            "max_passage_words": settings.max_passage_words,
+            "fingerprint": self.fingerprint,
+            "embedder": self.embedder_name,
+            "source": self._retriever.name,
+            "passages": len(self.source.corpus) if isinstance(self.source, LocalIndex) else None,
+            **self._shown,
+            "description": self.description,
         }
 
     @classmethod
-    def from_description(cls, description: Mapping[str, Any]) -> Search:
-        """Recreates a described search, without opening it.
+    def from_record(cls, record: Mapping[str, Any], search: Search | None, owner: str) -> Search:
+        """The search of a record. Reads the whole corpus: call it in a worker thread.
+
+        Args:
+            record: from :meth:`record`.
+            search: the given one; None recreates it from the record's description.
+            owner: of the record, for messages: ``the manifest``.
 
         Raises:
-            ConfigurationError: not a description of a search.
-            CorpusError, EmbeddingError, StoreError: as :meth:`local` and :meth:`chroma`.
+            ConfigurationError: no description and no search given, or the search gives other answers.
+            CorpusError, EmbeddingError, StoreError: as :meth:`from_description`.
         """
-        arguments = dict(description)
-        kind = arguments.pop("kind", None)
-        makers = {"local": cls.local, "chroma": cls.chroma, "compact": cls.compact}
-        if kind not in makers:
+        if search is None:
+            if record["description"] is None:
+                raise ConfigurationError(
+                    f"{owner} cannot describe its search ({record['source']}, {record['embedder']}): pass the search"
+                )
+            search = cls.from_description(record["description"])
+        if search.fingerprint != record["fingerprint"]:
             raise ConfigurationError(
-                f"a search of kind {kind!r} cannot be made from its description: pass the search itself"
+                f"the search gives other answers than that of {owner} ({record['source']}, {record['embedder']}, "
+                f"{record['n_results']} results): use the same corpus, embedder and number of results"
             )
-        try:
-            return makers[kind](**arguments)
-        except TypeError as error:
-            raise ConfigurationError(f"invalid search description: {error}") from error
+        return search
 
     @property
-    def embedder(self) -> Embedder:
-        return self._embedder
+    def embedder(self) -> Embedder | None:
+        """None for a served search, which embeds queries itself."""
+        return self._retriever.embedder
 
     @property
-    def source(self) -> Store | LocalIndex:
-        """A store, or a corpus with its index folder."""
-        return self._source
+    def embedder_name(self) -> str:
+        return self._retriever.embedder_name
 
     @property
-    def store(self) -> Store | None:
-        """The open store; None while the search is closed."""
-        return self._store
+    def embedder_fingerprint(self) -> str:
+        return self._retriever.embedder_fingerprint
 
     @property
-    def settings(self) -> SearchSettings:
-        return self._settings
+    def source(self) -> OpenStore | LocalIndex:
+        return self._retriever.store
 
     @property
     def is_open(self) -> bool:
@@ -255,25 +251,14 @@ class Search:
 
     @property
     def fingerprint(self) -> str:
-        """Equal for searches with equal answers. Reads the whole corpus file the first time (its hash is cached).
-
-        Raises:
-            CorpusError: the corpus is unusable.
-        """
+        """Equal for searches with equal answers. Reads the whole corpus file the first time. Raises CorpusError."""
         return self.fingerprint_of()
 
     def fingerprint_of(self, n_results: int | None = None, max_passage_words: int | None = None) -> str:
         """The :attr:`fingerprint` under other settings, as passed to :meth:`search`."""
-        source = self._source
-        match source:
-            case LocalIndex():
-                content = source.corpus.fingerprint
-            case CompactStore():
-                content = source.fingerprint
-            case _:
-                content = source.name
-        shown = (n_results or self._settings.n_results, self._words(max_passage_words))
-        return hashlib.sha256(repr((content, self._embedder.fingerprint, *shown)).encode()).hexdigest()[:32]
+        shown = (n_results or self.settings.n_results, self._words(max_passage_words))
+        identity = (self._retriever.content, self.embedder_fingerprint, *shown)
+        return hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
 
     @property
     def statistics(self) -> SearchStatistics:
@@ -281,19 +266,13 @@ class Search:
         return self._tally.snapshot() if self._lookup is None else self._lookup.statistics
 
     async def build(self, on_progress: OnProgress | None = None) -> None:
-        """Builds the index if there is none, and rebuilds a damaged one.
-
-        Opening also builds a missing index; use this to show progress, or to repair an index that cannot be opened.
+        """Builds a missing index, as opening does, or rebuilds one that is damaged. Raises CorpusError and SearchError.
 
         Args:
             on_progress: called with passages done and total; not called if there is nothing to build.
-
-        Raises:
-            CorpusError: the corpus is unusable.
-            SearchError: the embedder or the store failed.
         """
-        if isinstance(self._source, LocalIndex) and not self._users:
-            await self._source.build(self._embedder, BuildOptions(on_progress=on_progress, emit=log_notices))
+        if isinstance(self.source, LocalIndex) and self.embedder is not None and not self._users:
+            await self.source.build(self.embedder, BuildOptions(on_progress=on_progress, emit=log_notices))
 
     async def __aenter__(self) -> Self:
         await self.connect()
@@ -316,40 +295,14 @@ class Search:
         """
         self._enter_loop()
         async with self._opening:
-            if self._store is None:
+            if self.store is None:
                 try:
-                    self._store = await self._open_services(on_progress)
+                    self.store = await self._retriever.open(self.settings.pacing, on_progress)
                 except BaseException:
                     await self._close()
                     raise
-                source = self._source
-                name = source.corpus.source if isinstance(source, LocalIndex) else source.name
-                self._lookup = Lookup(self._embedder, self._store, name, self._settings, self._answers, self._tally)
+                self._lookup = Lookup(self._retriever, self.store, self.settings, self._answers, self._tally)
             self._users += 1
-
-    async def _open_services(self, on_progress: OnProgress | None) -> Store:
-        source = self._source
-        if isinstance(source, LocalIndex):
-            store = await source.open_store(self._embedder, on_progress)
-        else:
-            store = source
-            await open_store(store, self._settings.pacing)
-        try:
-            await open_embedder(self._embedder, self._settings.pacing)
-        except BaseException:
-            with anyio.CancelScope(shield=True):
-                await store.aclose()
-            raise
-        dimension = store.dimension
-        if dimension not in (None, self._embedder.dimension):
-            with anyio.CancelScope(shield=True):
-                await store.aclose()
-            raise StoreError(
-                f"{store.name} holds vectors of dimension {dimension}, but {self._embedder.name} produces dimension "
-                f"{self._embedder.dimension}: it was built with another embedder, use that one",
-                is_fatal=True,
-            )
-        return store
 
     async def aclose(self) -> None:
         """Closes after the last user: fails pending calls, releases connections, files and threads."""
@@ -363,7 +316,7 @@ class Search:
     async def search(
         self, queries: Sequence[str], n_results: int | None = None, *, max_passage_words: int | None = None
     ) -> Found:
-        """The nearest passages of each query, in the order of the queries.
+        """The nearest passages of each query, in the order of the queries. What episodes call.
 
         Args:
             queries: passed through :func:`~searchr1_async.episodes.prompts.clean_query`.
@@ -377,17 +330,11 @@ class Search:
                 exceeds ``PacingSettings.longest_wait``; always fatal.
             ConfigurationError: ``n_results`` is out of range.
         """
-        return await self.find(_cleaned(queries), n_results, max_passage_words=max_passage_words)
-
-    async def find(
-        self, queries: Sequence[str], n_results: int | None = None, *, max_passage_words: int | None = None
-    ) -> Found:
-        """:meth:`search` for queries that :func:`~searchr1_async.episodes.prompts.clean_query` returned."""
-        wanted = self._settings.n_results if n_results is None else n_results
-        check_n_results(wanted)
-        words = self._words(max_passage_words)
-        keys = [AnswerKey(query, wanted, words) for query in queries]
-        if self._store is None or self._lookup is None:
+        wanted, words = self.settings.n_results, self._words(max_passage_words)
+        if n_results is not None:
+            wanted = check_setting(SearchSettings, "n_results", n_results, "n_results")
+        keys = [AnswerKey(_cleaned(query), wanted, words) for query in queries]
+        if self.store is None or self._lookup is None:
             raise SearchError("the search is not open: use it within `async with search:`")
         self._tally.requests += 1
         self._tally.texts += len(keys)
@@ -400,13 +347,13 @@ class Search:
         self._tally.latency.add(time.monotonic() - began)
         return tuple(answers[key] for key in keys)
 
-    @property
-    def for_cleaned(self) -> Callable[..., Awaitable[Found]]:
-        """What episodes and the server call: :meth:`find`, or :meth:`search` where a subclass or an object has its own."""
-        return self.find if getattr(self.search, "__func__", None) is Search.search else self.search
+    def showing(self, n_results: int | None, max_passage_words: int | None) -> SearchTool:
+        """:meth:`search` with other arguments, for one of several models that share it."""
+        given = {"n_results": n_results, "max_passage_words": max_passage_words}
+        return partial(self.search, **{name: value for name, value in given.items() if value is not None})
 
     def _words(self, max_passage_words: int | None) -> int | None:
-        return self._settings.max_passage_words if max_passage_words is None else max_passage_words or None
+        return self.settings.max_passage_words if max_passage_words is None else max_passage_words or None
 
     def _enter_loop(self) -> None:
         """Binds to the running event loop; drops state left by a closed one."""
@@ -418,28 +365,23 @@ class Search:
         if self._users:
             logger.warning("the search was left open by a closed event loop; reopening it")
         self._loop, self._users = loop, 0
-        self._opening, self._store, self._lookup = anyio.Lock(), None, None
+        self._opening, self.store, self._lookup = anyio.Lock(), None, None
 
     async def _close(self) -> None:
-        store, self._store = self._store, None
+        store, self.store = self.store, None
         if self._lookup is not None:
             self._lookup.close()
         with anyio.CancelScope(shield=True):
-            try:
-                if store is not None:
-                    await store.aclose()
-            finally:
-                try:
-                    await self._embedder.aclose()
-                finally:
-                    await self._answers.aclose()
+            async with AsyncExitStack() as closing:
+                for each in (self._answers, self.embedder, store):  # the last one closes first
+                    if each is not None:
+                        closing.push_async_callback(each.aclose)
 
 
-def _cleaned(queries: Sequence[str]) -> list[str]:
-    cleaned = [clean_query(query) for query in queries]
-    if None in cleaned:
+def _cleaned(query: str) -> str:
+    if (cleaned := clean_query(query)) is None:
         raise SearchError(
-            f"invalid query of {len(queries[cleaned.index(None)])} characters: it has no letter or digit, or more than "
-            f"{MAX_QUERY_CHARACTERS} characters (check with clean_query first)"
+            f"invalid query of {len(query)} characters: it has no letter or digit, or more than {MAX_QUERY_CHARACTERS} "
+            "characters (check with clean_query first)"
         )
-    return [query for query in cleaned if query is not None]
+    return cleaned

@@ -1,22 +1,22 @@
 """What a Tinker service offers now: whether it answers, and which models it has.
 
 The SDK silently retries a service that is down for minutes or forever. So after some seconds without an answer its health is
-checked, through the SDK's proxies. An outage is reported once, within 15 seconds, with the time at which the run gives up. Until then
-the run is paused: it sends no new requests, and its time limits stand still.
+checked. An outage is reported once, within 15 seconds, with the time at which the run gives up. Until then the run is paused: it sends
+no new requests, and its time limits stand still.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import anyio
 import tinker
 
-from searchr1_async.boundary.network import PASSING_FAULTS, SDK_FAULTS, fault_text, health_client, health_problem
+from searchr1_async.boundary.compat import extend_retries
+from searchr1_async.boundary.sdk import SDK_FAULTS, fault_text, health_client, health_problem
 from searchr1_async.boundary.waits import PausableDeadlines, clock_time
 from searchr1_async.config import MAX_SERVICE_OUTAGE
 from searchr1_async.errors import ConfigurationError, ModelError, ServiceError, ServiceUnavailableError
@@ -35,20 +35,16 @@ from searchr1_async.models import default_cloud_model, find_model, nearest_names
 
 logger = logging.getLogger(__name__)
 
-CHECK_EVERY = 3.0
-"""Seconds without an answer before a health check, and between successful checks."""
+CHECK_EVERY = 2.25
+"""Seconds without an answer before a health check, and between checks."""
 CHECK_TIMEOUT = 4.0
 """Seconds per health check."""
-CHECK_AGAIN = 1.0
-"""Seconds between a failed check and the next."""
-SILENT_AFTER = 6.0
-"""Seconds without an answer, and with two failed checks, after which the service is down. Detection takes 6 s if connections are
-refused, 12 s if nothing comes back."""
+SILENT_AFTER = 5.0
+"""Seconds without an answer, and with two failed checks, after which the service is down: reported within 15 s of its last answer."""
 LATE = 2.0
 """Seconds a check may overrun its timeout; beyond that this process was busy or the machine asleep, and it does not count."""
 AFTERWARDS = 60.0
 """Seconds after an outage in which the SDK may still give up on a call it started during the outage."""
-_RETRIES = "execute_with_retries"
 ASK_DEADLINE = 30.0
 """Seconds a service has to list its models; the SDK alone would retry for minutes."""
 _SHOWN = 8
@@ -59,11 +55,7 @@ Offered = tuple[str, ...] | None
 
 
 class Outage:
-    """State machine of a service's outages. Has no clock or task; the caller passes the time.
-
-    Args:
-        now: seconds of a monotonic clock, at which the service answers.
-    """
+    """State machine of a service's outages. Has no clock or task; the caller passes the time (seconds of a monotonic clock)."""
 
     def __init__(self, now: float) -> None:
         self.heard_at = now
@@ -84,20 +76,14 @@ class Outage:
             self.ended_at = now
         return was_down
 
-    def failed(self, began: float, now: float, problem: str) -> bool:
+    def failed(self, now: float, problem: str) -> bool:
         """A health check failed. Returns whether this starts an outage."""
-        if now - began > CHECK_TIMEOUT + LATE or self.heard_at > began:
-            return False
         self._failures += 1
         self.problem = problem
         if self.since is not None or self._failures < 2 or now - self.heard_at < SILENT_AFTER:
             return False
         self.since = self.heard_at
         return True
-
-    def pause(self) -> float:
-        """Seconds until the next check."""
-        return CHECK_AGAIN if self._failures and self.since is None else CHECK_EVERY
 
 
 class ServiceWatch:
@@ -116,7 +102,7 @@ class ServiceWatch:
         self.deadlines = PausableDeadlines()
         """Paused during an outage."""
         self._holds: list[Callable[[bool], None]] = [self.deadlines.pause]
-        self._last_counts: tuple[int, int] | None = None
+        self._sampled: int | None = None
         self._answers = 0
 
     @property
@@ -128,14 +114,10 @@ class ServiceWatch:
         """Wraps ``emit`` to count the events that only an answering service makes possible."""
 
         def hear(event: Event) -> None:
+            is_answer = isinstance(event, MinibatchLearned | WeightsPublished | StepFinished)
             if isinstance(event, RolloutSampled):
-                counts = (event.sampled_tokens, event.finished_episodes)
-                is_answer, self._last_counts = (
-                    self._last_counts is not None and counts[0] != self._last_counts[0],
-                    counts,
-                )
-            else:
-                is_answer = isinstance(event, MinibatchLearned | WeightsPublished | StepFinished)
+                is_answer = self._sampled is not None and event.sampled_tokens != self._sampled
+                self._sampled = event.sampled_tokens
             self._answers += is_answer  # may be called outside any task; the watching task acts on it
             emit(event)
 
@@ -159,66 +141,57 @@ class ServiceWatch:
                 logger.info("the Tinker service at %s %s: it is not watched", self._url, problem)
                 return
             self._outage.heard(anyio.current_time())
-            answers, began = self._answers, 0.0
+            answers = self._answers
             while True:
-                await anyio.sleep(self._outage.pause())
+                await anyio.sleep(CHECK_EVERY)
+                problem, began = None, anyio.current_time()
                 if self._answers == answers:
-                    began = anyio.current_time()
                     problem = await health_problem(self._url, CHECK_TIMEOUT, client)
-                if self._answers != answers or problem is None:
-                    answers = self._answers
-                    self._heard()
-                elif self._outage.failed(began, anyio.current_time(), problem):
-                    self._begin()
-                self._give_up_when_due()
+                if self._answers != answers:
+                    answers, problem = self._answers, None
+                if problem is None or anyio.current_time() - began <= CHECK_TIMEOUT + LATE:
+                    self._see(problem)
+
+    def _see(self, problem: str | None) -> None:
+        """What a check found."""
+        now, since = anyio.current_time(), self._outage.since
+        if problem is None:
+            if self._outage.heard(now) and since is not None:
+                text = f"the Tinker service answers again after {now - since:.0f} s: the run continues"
+                self._tell(Notice(text), ServiceAnswers(), is_down=False)
+        elif self._outage.failed(now, problem):
+            self._tell(self._warning(now - self._outage.heard_at), ServiceSilent(), is_down=True)
+        elif since is not None and (down := now - since) > self._max_outage:
+            raise ServiceUnavailableError(
+                f"the Tinker service at {self._url} has been down for {down:.0f} s (it {problem}): restore it "
+                "and resume, or let runs wait longer (max_service_outage)"
+            )
 
     def may_wait(self) -> bool:
         """Whether to retry a call that the SDK gives up on: the service is down, or was until just now."""
         ended = self._outage.ended_at
         return self.is_silent or (ended is not None and self._outage.heard_at - ended < AFTERWARDS)
 
-    def _heard(self) -> None:
-        now, since = anyio.current_time(), self._outage.since
-        if self._outage.heard(now) and since is not None:
-            self._emit(Notice(f"the Tinker service answers again after {now - since:.0f} s: the run continues"))
-            self._emit(ServiceAnswers())
-            for hold in self._holds:
-                hold(False)
-
-    def _begin(self) -> None:
-        now, since = anyio.current_time(), self._outage.since
-        assert since is not None
-        self._emit(
-            Notice(
-                f"the Tinker service at {self._url} has not answered since {clock_time(since - now)}: it "
-                f"{self._outage.problem}. The run waits for it until {clock_time(since + self._max_outage - now)} "
-                f"(max_service_outage={self._max_outage:g} s); then {self._then}",
-                is_warning=True,
-            )
-        )
-        self._emit(ServiceSilent())
+    def _tell(self, *events: Event, is_down: bool) -> None:
+        for event in events:
+            self._emit(event)
         for hold in self._holds:
-            hold(True)
+            hold(is_down)
 
-    def _give_up_when_due(self) -> None:
-        if self._outage.since is None:
-            return
-        down = anyio.current_time() - self._outage.since
-        if down > self._max_outage:
-            raise ServiceUnavailableError(
-                f"the Tinker service at {self._url} has been down for {down:.0f} s (it {self._outage.problem}): restore it "
-                "and resume, or let runs wait longer (max_service_outage)"
-            )
+    def _warning(self, passed: float) -> Notice:
+        return Notice(
+            f"the Tinker service at {self._url} has not answered since {clock_time(-passed)}: it {self._outage.problem}. "
+            f"The run waits for it until {clock_time(self._max_outage - passed)} "
+            f"(max_service_outage={self._max_outage:g} s); then {self._then}",
+            is_warning=True,
+        )
 
 
 @asynccontextmanager
 async def watching_service(
     client: Any, url: str, emit: Emit, max_outage: float = MAX_SERVICE_OUTAGE, then: str = "the run ends, resumable"
 ) -> AsyncIterator[ServiceWatch]:
-    """Watches a service during the block; arguments as of :class:`ServiceWatch`.
-
-    Args:
-        client: the SDK's service client, whose calls are retried for as long as the run waits.
+    """Watches a service during the block, and retries the calls of its client for as long as the run waits.
 
     Raises, within an exception group:
         ServiceUnavailableError: it was down for longer than ``max_outage``.
@@ -226,52 +199,19 @@ async def watching_service(
     watch = ServiceWatch(url, max_outage, emit, then)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(watch.run)
-        tasks.start_soon(_extend_retries, client, watch)
+        tasks.start_soon(extend_retries, client, watch.may_wait)
         yield watch
         tasks.cancel_scope.cancel()
 
 
-async def _extend_retries(client: Any, watch: ServiceWatch) -> None:
-    """Makes the SDK retry calls for as long as the run waits, instead of its own 5 minutes. No effect if the SDK's internals differ."""
-    try:
-        holder = await anyio.to_thread.run_sync(lambda: getattr(client, "holder", None), abandon_on_cancel=True)
-    except SDK_FAULTS:  # the first call raises it again
-        return
-    original = getattr(holder, _RETRIES, None)
-    if holder is None or original is None or _RETRIES in vars(holder):
-        return
-
-    async def retrying(
-        given: Callable[..., Awaitable[Any]], func: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any
-    ) -> Any:
-        while True:
-            try:
-                return await given(func, *args, **kwargs)
-            except PASSING_FAULTS:
-                if not watch.may_wait():
-                    raise
-
-    vars(holder)[_RETRIES] = functools.partial(retrying, original)
-    try:
-        await anyio.sleep_forever()
-    finally:
-        vars(holder).pop(_RETRIES, None)  # the client may be the user's, and outlive the run
-
-
 async def ask_offered(connect: Callable[[], tinker.RestClient], *, trains: bool = False) -> Offered:
-    """The models a service lists.
+    """The models a service lists: the trainable ones, or those that can be sampled from. None if it has no such list.
 
     Args:
         connect: makes the client; called in a worker thread, since it may block.
-        trains: list only trainable models, else only those that can be sampled from.
-
-    Returns:
-        None if the service has no such list (an older one, or another implementation).
 
     Raises:
-        ServiceUnavailableError: no answer within :data:`ASK_DEADLINE` seconds.
-        ServiceError: it refused to answer.
-        ModelError: none of its models can be used this way.
+        ServiceUnavailableError, ServiceError, ModelError: no answer within 30 s; a refusal; none of its models can be used this way.
         ConfigurationError: no client can be created, for example with an invalid key.
     """
     try:
@@ -280,25 +220,19 @@ async def ask_offered(connect: Callable[[], tinker.RestClient], *, trains: bool 
             answer = await future
     except TimeoutError:
         raise ServiceUnavailableError(f"the Tinker service did not list its models within {ASK_DEADLINE:g} s") from None
-    except (tinker.NotFoundError, tinker.APIResponseValidationError) as error:
-        logger.info("the service does not list its models: %s", type(error).__name__)
+    except tinker.APIResponseValidationError:
         return None
-    except (tinker.AuthenticationError, tinker.PermissionDeniedError) as error:
-        raise ServiceError(
-            f"the Tinker service refuses the key ({fault_text(error)}): set TINKER_API_KEY to a key of this service"
-        ) from error
     except tinker.APIStatusError as error:
-        if error.status_code == 405:
+        if error.status_code in (404, 405):
             return None
-        raise ServiceError(f"the Tinker service refused to list its models: {fault_text(error)}") from error
+        hint = ": set TINKER_API_KEY to a key of this service" if error.status_code in (401, 403) else ""
+        raise ServiceError(f"the Tinker service refuses to list its models ({fault_text(error)}){hint}") from error
     except tinker.APIError as error:
         raise ServiceUnavailableError(
             f"asking the Tinker service for its models failed: {fault_text(error)}"
         ) from error
     except SDK_FAULTS as error:
-        raise ConfigurationError(
-            f"creating a Tinker client failed (is TINKER_API_KEY right?): {fault_text(error)}"
-        ) from error
+        raise client_refused(error) from error
     listed = [model for model in getattr(answer, "supported_models", None) or () if model.model_name]
     names = [model.model_name for model in listed if (model.trainable if trains else model.sampleable) is not False]
     if listed and not names:
@@ -309,15 +243,15 @@ async def ask_offered(connect: Callable[[], tinker.RestClient], *, trains: bool 
     return tuple(dict.fromkeys(names)) or None
 
 
+def client_refused(error: BaseException) -> ConfigurationError:
+    """Why the SDK could not create a client."""
+    return ConfigurationError(f"creating a Tinker client failed (is TINKER_API_KEY right?): {fault_text(error)}")
+
+
 def choose_model(named: str | None, offered: Offered) -> tuple[str, str | None]:
     """The model to use on a service other than the embedded one, and a note on the choice, if any.
 
-    Args:
-        named: by the user or the resumed run. None: the default, else the nearest offered model, else the only offered one.
-        offered: by the service.
-
-    Raises:
-        ModelError: the service does not offer it; the message lists alternatives.
+    Without a name: the default, else the nearest offered model, else the only offered one. Raises ModelError, listing alternatives.
     """
     wanted = named or default_cloud_model()
     if offered is None:
@@ -326,36 +260,30 @@ def choose_model(named: str | None, offered: Offered) -> tuple[str, str | None]:
         return wanted, None
     if named is not None:
         raise ModelError(_refusal(named, offered))
-    nearest = nearest_of_family(wanted, offered)
-    if nearest is None and len(offered) == 1:
-        return offered[0], f"no model was named, and the service offers only one: using {offered[0]}"
-    if nearest is None:
-        raise ModelError(
-            f"no model was named, and the service offers neither the default, {wanted}, nor a suitable model of its "
-            f"family: choose one with model=…. It offers {_list(offered)}"
+    if (nearest := nearest_of_family(wanted, offered)) is not None:
+        return (
+            nearest,
+            f"the service does not offer the default model, {wanted}: using {nearest}, the nearest of its family",
         )
-    return (
-        nearest,
-        f"the service does not offer the default model, {wanted}: using {nearest}, the nearest of its family",
+    if len(offered) == 1:
+        return offered[0], f"no model was named, and the service offers only one: using {offered[0]}"
+    raise ModelError(
+        f"no model was named, and the service offers neither the default, {wanted}, nor a suitable model of its "
+        f"family: choose one with model=…. It offers {_list(offered)}"
     )
 
 
 def _refusal(named: str, offered: Sequence[str]) -> str:
-    model = find_model(named)
-    near = _list(nearest_names(named, offered), len(offered))
-    if model is None or model.retired is None:
-        return f"the service does not offer {named!r}. The nearest models it offers: {near}"
-    note = f" ({model.replacement_note})" if model.replacement_note else ""
-    retired = f"the service does not offer {named!r}: Tinker retired it on {model.retired}"
-    if here := replacements_for(named, offered):
-        return f"{retired} and recommends {' or '.join(here)}{note} instead, which the service offers"
-    return (
-        f"{retired} and recommends {' or '.join(replacements_for(named))}{note}, which this service does not offer either. "
-        f"The nearest models it offers: {near}"
-    )
+    model, text = find_model(named), f"the service does not offer {named!r}"
+    if model is not None and model.retired is not None:
+        note = f" ({model.replacement_note})" if model.replacement_note else ""
+        here = replacements_for(named, offered)
+        text += f": Tinker retired it on {model.retired} and recommends {' or '.join(here or replacements_for(named))}{note}"
+        if here:
+            return f"{text} instead, which the service offers"
+        text += ", which this service does not offer either"
+    return f"{text}. The nearest models it offers: {_list(nearest_names(named, offered))}"
 
 
-def _list(names: Sequence[str], total: int | None = None) -> str:
-    total = len(names) if total is None else total
-    more = total - len(names[:_SHOWN])
-    return ", ".join(names[:_SHOWN]) + (f" (and {more} more)" if more > 0 else "")
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" (and {len(names) - _SHOWN} more)" if len(names) > _SHOWN else "")

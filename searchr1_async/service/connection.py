@@ -11,6 +11,7 @@ import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -20,8 +21,10 @@ import tinker
 from tinker.types import ExternalWeightsUrlsResponse, WeightsInfoResponse
 
 from searchr1_async.billing import is_tinker_host
-from searchr1_async.boundary.network import SDK_FAULTS, checked_url, fault_text, prepare_proxies
-from searchr1_async.boundary.settings import shown
+from searchr1_async.boundary import compat
+from searchr1_async.boundary.network import checked_url, prepare_proxies
+from searchr1_async.boundary.sdk import SDK_FAULTS, fault_text
+from searchr1_async.boundary.settings import shown_with_kind
 from searchr1_async.boundary.waits import Notify, PausableDeadlines, bounded_wait, notify_nobody
 from searchr1_async.errors import ConfigurationError, SearchR1Error, ServiceError
 from searchr1_async.service.availability import Offered, ServiceWatch
@@ -42,49 +45,36 @@ class Endpoint:
     """A Tinker service, not yet opened."""
 
     kind: Literal["embedded", "url", "cloud", "client"]
-    reason: str
-    """Why it was chosen, as text."""
+    text: str
+    """Which service is used and why: the first line of a run."""
     url: str | None = None
     """Base URL; None for the embedded service and for the cloud, whose URL the SDK knows."""
 
-    @property
-    def text(self) -> str:
-        """First line of a run."""
-        where = {
-            "embedded": "the embedded Tinker service on this machine",
-            "cloud": "Tinker's cloud",
-            "url": f"the Tinker service at {self.url}",
-            "client": "the Tinker service of the given client" + (f", {self.url}" if self.url else ""),
-        }[self.kind]
-        return f"using {where}: {self.reason}"
-
 
 def find_endpoint(service: ServiceName) -> Endpoint:
-    """Resolves the argument ``service`` in this environment. Opens nothing.
-
-    Raises:
-        ConfigurationError: no service, an invalid URL or key, or unreadable SDK credentials.
-    """
+    """Resolves the argument ``service`` in this environment. Opens nothing. Raises ConfigurationError."""
     if isinstance(service, tinker.ServiceClient):
-        return Endpoint("client", "service=… gives it", getattr(service, "_base_url", None) or _resolved(None))
+        url = compat.address_of(service)
+        return Endpoint("client", f"using the Tinker service of the given client, {url}: service=… gives it", url)
+    embedded = "using the embedded Tinker service on this machine"
+    if service == EMBEDDED:
+        return Endpoint("embedded", f"{embedded}: service={EMBEDDED!r} names it")
     if service is not None and not isinstance(service, str):
         raise ConfigurationError(
-            f"service is {shown(service)} ({type(service).__name__}): pass a URL, {EMBEDDED!r} or a tinker.ServiceClient"
+            f"service is {shown_with_kind(service)}: pass a URL, {EMBEDDED!r} or a tinker.ServiceClient"
         )
-    if service == EMBEDDED:
-        return Endpoint("embedded", f"service={EMBEDDED!r} names it")
-    if service is not None:
+    name = "TINKER_BASE_URL" if service is None else "service"
+    given = service if service is not None else os.environ.get(name) or None
+    if given is not None:
+        url = checked_url(given, name)
         _check_key()
-        return Endpoint("url", "service=… names it", checked_url(service, "service"))
-    if base_url := os.environ.get("TINKER_BASE_URL"):
-        _check_key()
-        return Endpoint("url", "TINKER_BASE_URL names it", checked_url(base_url, "TINKER_BASE_URL"))
+        return Endpoint("url", f"using the Tinker service at {url}: {name} names it", url)
     if (source := credentials_source()) is not None:
         _check_key()
-        return Endpoint("cloud", f"{source}, and no other service is named")
+        return Endpoint("cloud", f"using Tinker's cloud: {source}, and no other service is named")
+    credentials = "TINKER_API_KEY, TINKER_CREDENTIAL_CMD or tinker auth login"
     return Endpoint(
-        "embedded",
-        "no service is named, and the Tinker SDK has no credentials (TINKER_API_KEY, TINKER_CREDENTIAL_CMD or tinker auth login)",
+        "embedded", f"{embedded}: no service is named, and the Tinker SDK has no credentials ({credentials})"
     )
 
 
@@ -93,15 +83,8 @@ def credentials_source() -> str | None:
     if os.environ.get("TINKER_API_KEY"):
         return "TINKER_API_KEY is set"
     try:
-        from tinker.lib._auth_token_provider import resolve_auth_provider
-    except ImportError:  # an SDK with API keys only
-        return None
-    try:
-        resolve_auth_provider(None, enforce_cmd=False)
-    except tinker.TinkerError:
-        return None
-    except (TypeError, RuntimeError):  # a different SDK signature; no home folder
-        return None
+        if not compat.has_stored_credentials():
+            return None
     except (ValueError, OSError) as error:
         raise ConfigurationError(
             f"cannot read the credentials stored by `tinker auth login` ({type(error).__name__}): log in again, set "
@@ -120,29 +103,14 @@ def is_embedded(service: ServiceName) -> bool:
 def is_tinker_cloud(service: ServiceName) -> bool:
     """Whether a service is Tinker's cloud, judging by its address."""
     endpoint = find_endpoint(service)
-    return endpoint.kind == "cloud" or (
-        endpoint.url is not None and is_tinker_host(urlsplit(endpoint.url).hostname or "")
-    )
+    return endpoint.kind == "cloud" or is_tinker_host(urlsplit(endpoint.url or "").hostname or "")
 
 
 def prepare(service: ServiceName) -> Endpoint:
     """Resolves the endpoint and prepares the environment's proxies for it."""
     endpoint = find_endpoint(service)
-    prepare_proxies(endpoint.url or ("http://127.0.0.1" if endpoint.kind == "embedded" else _resolved(None)))
+    prepare_proxies(endpoint.url or ("http://127.0.0.1" if endpoint.kind == "embedded" else compat.address_of(None)))
     return endpoint
-
-
-def address_of(client: tinker.ServiceClient) -> str:
-    """The base URL of a client."""
-    return _resolved(getattr(client, "_base_url", None))
-
-
-def _resolved(url: Any) -> str:
-    try:
-        from tinker.lib.base_url import resolve_base_url
-    except ImportError:
-        return str(url or os.environ.get("TINKER_BASE_URL") or "https://tinker.thinkingmachines.dev")
-    return resolve_base_url(url)
 
 
 def _check_key() -> None:
@@ -162,8 +130,6 @@ class Service:
     model_name: str
     tokenizer: Any
     """The model's Hugging Face tokenizer."""
-    is_local: bool
-    """The embedded service, started by this process."""
     is_tinker: bool = False
     """Tinker's own cloud, judging by the address."""
     offered: Offered = None
@@ -178,9 +144,14 @@ class Service:
     """Called with a sentence for each wait over 5 seconds."""
 
     @property
+    def is_local(self) -> bool:
+        """The embedded service, started by this process."""
+        return self.model_folder is not None
+
+    @property
     def url(self) -> str:
         """Base URL."""
-        return address_of(self.client)
+        return compat.address_of(self.client)
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[Service]:
@@ -193,23 +164,18 @@ class Service:
 
     async def create_training_client(self, *, rank: int, seed: int) -> tinker.TrainingClient:
         """Creates a new LoRA adapter."""
-        return await self._wait(
-            "creating a training client",
-            lambda: self.client.create_lora_training_client(self.model_name, rank=rank, seed=seed),
-        )
+        create = partial(self.client.create_lora_training_client, self.model_name, rank=rank, seed=seed)
+        return await self._wait("creating a training client", create)
 
     async def restore_training_client(self, state_path: str) -> tinker.TrainingClient:
-        """A training client with the weights and optimiser state saved under a ``tinker://`` path."""
-        return await self._wait(
-            f"restoring {state_path}",
-            lambda: self.client.create_training_client_from_state_with_optimizer(state_path),
-        )
+        """A training client with the weights and optimizer state saved under a ``tinker://`` path."""
+        create = self.client.create_training_client_from_state_with_optimizer
+        return await self._wait(f"restoring {state_path}", partial(create, state_path))
 
     async def load_weights(self, state_path: str) -> tinker.TrainingClient:
         """A training client with the weights saved under a ``tinker://…/weights/…`` path and a new optimizer."""
-        return await self._wait(
-            f"loading {state_path}", lambda: self.client.create_training_client_from_state(state_path)
-        )
+        create = self.client.create_training_client_from_state
+        return await self._wait(f"loading {state_path}", partial(create, state_path))
 
     async def save_external(self, client: tinker.TrainingClient, name: str, *, ttl_seconds: int) -> str:
         """Saves a model's adapter for download; returns its ``tinker://…/external_weights/…`` path. Older services lack it.
@@ -217,46 +183,34 @@ class Service:
         Args:
             ttl_seconds: time to live; Tinker's minimum is 3,600.
         """
-        saved = await self._wait(
-            "saving external weights",
-            lambda: client.save_weights_external(name, ttl_seconds=ttl_seconds),
-            deadline=_EXTERNAL_DEADLINE,
-        )
-        return saved.path
+        save = partial(client.save_weights_external, name, ttl_seconds=ttl_seconds)
+        return (await self._wait("saving external weights", save, deadline=_EXTERNAL_DEADLINE)).path
 
     async def external_urls(self, path: str) -> ExternalWeightsUrlsResponse:
         """Signed URLs of the files of external weights."""
-        rest = await self._rest()
-        return await self._wait(f"asking for the files of {path}", lambda: rest.get_external_weights_urls(path))
+        return await self._ask(f"asking for the files of {path}", lambda rest: rest.get_external_weights_urls(path))
 
     async def weights_info(self, path: str) -> WeightsInfoResponse:
         """The base model and the LoRA rank of saved weights."""
-        rest = await self._rest()
-        return await self._wait(f"asking about {path}", lambda: rest.get_weights_info_by_tinker_path(path))
+        return await self._ask(f"asking about {path}", lambda rest: rest.get_weights_info_by_tinker_path(path))
+
+    async def delete_checkpoint(self, path: str) -> None:
+        await self._ask(f"deleting {path}", lambda rest: rest.delete_checkpoint_from_tinker_path(path))
 
     async def create_sampling_client(
         self, sampler_path: str | None = None, *, base_model: str | None = None
     ) -> tinker.SamplingClient:
         """A sampling client for saved weights or a base model (default: this service's)."""
-        if sampler_path is not None:
-            return await self._wait(
-                f"opening {sampler_path}", lambda: self.client.create_sampling_client(model_path=sampler_path)
-            )
-        model = base_model or self.model_name
-        return await self._wait(f"opening {model}", lambda: self.client.create_sampling_client(base_model=model))
-
-    async def delete_checkpoint(self, path: str) -> None:
-        rest = await self._rest()
-        await self._wait(f"deleting {path}", lambda: rest.delete_checkpoint_from_tinker_path(path))
+        model = None if sampler_path else base_model or self.model_name
+        create = partial(self.client.create_sampling_client, model_path=sampler_path, base_model=model)
+        return await self._wait(f"opening {sampler_path or model}", create)
 
     async def _wait(self, doing: str, submit: Callable[[], Any], deadline: float = _SETUP_DEADLINE) -> Any:
-        return await wait_for(
-            doing, submit, deadline, self.notify, None if self.watch is None else self.watch.deadlines
-        )
+        return await wait_for(doing, submit, deadline, self.notify, self.watch and self.watch.deadlines)
 
-    async def _rest(self) -> tinker.RestClient:
+    async def _ask(self, doing: str, ask: Callable[[tinker.RestClient], Any]) -> Any:
         # On the session's connections, which close with it; the first use of an address blocks.
-        return await anyio.to_thread.run_sync(lambda: tinker.RestClient(self.client.holder))
+        return await self._wait(doing, lambda: ask(tinker.RestClient(self.client.holder)))
 
 
 async def wait_for(
@@ -269,7 +223,6 @@ async def wait_for(
     """Runs an SDK call that may block (the first one opens the session) and waits for its result.
 
     Args:
-        doing: for messages.
         deadline: seconds, which stand still while ``deadlines`` are paused.
         notify: called with a sentence if the wait is over 5 seconds.
 
@@ -278,8 +231,7 @@ async def wait_for(
     """
     try:
         with bounded_wait(f"{doing}: the Tinker service has not answered yet", notify, deadline, deadlines):
-            future = await anyio.to_thread.run_sync(submit, abandon_on_cancel=True)
-            return await future
+            return await (await anyio.to_thread.run_sync(submit, abandon_on_cancel=True))
     except TimeoutError as error:
         raise ServiceError(f"{doing}: the Tinker service did not answer within {deadline:g} s") from error
     except SDK_FAULTS as error:
@@ -287,7 +239,7 @@ async def wait_for(
 
 
 class TrainingCalls:
-    """Deadline of training calls, which stops while the run is paused, and their errors.
+    """Errors of training calls, and their deadline, which stops while the run is paused.
 
     Args:
         deadline: seconds for all training calls of one step, after which the service counts as dead.
@@ -296,19 +248,12 @@ class TrainingCalls:
     def __init__(self, deadline: float) -> None:
         self.deadline = deadline
         self._deadlines = PausableDeadlines()
-
-    def pause(self, is_paused: bool) -> None:
-        """Pauses or resumes the deadlines of pending calls."""
-        self._deadlines.pause(is_paused)
+        self.pause = self._deadlines.pause
+        """Called with True or False, pauses or resumes the deadlines of pending calls."""
 
     @contextmanager
     def waiting(self, doing: str, error: type[SearchR1Error] = ServiceError) -> Iterator[None]:
-        """Context for waiting on the service.
-
-        Args:
-            doing: the operation, for the error message.
-            error: error class raised on failure or timeout.
-        """
+        """A block that waits for the service; raises ``error`` on failure or timeout."""
         try:
             with self._deadlines.limit(self.deadline) as scope:
                 yield
@@ -335,9 +280,8 @@ def when_done(future: tinker.APIFuture[Any], notify: Callable[[], None], *, also
     loop = asyncio.get_running_loop()
 
     def ended(inner: concurrent.futures.Future[Any]) -> None:
-        is_good = not inner.cancelled() and inner.exception() is None
-        if (is_good or also_failed) and not loop.is_closed():
-            with suppress(RuntimeError):  # closed just now
+        if also_failed or not (inner.cancelled() or inner.exception()):
+            with suppress(RuntimeError):  # closed
                 loop.call_soon_threadsafe(notify)
 
     future.future().add_done_callback(ended)

@@ -11,11 +11,10 @@ import os
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO, Protocol, Self
 
 import anyio
@@ -25,25 +24,23 @@ import orjson
 from searchr1_async.boundary.paths import absolute_path, write_all
 from searchr1_async.episodes.table import storable
 from searchr1_async.episodes.types import Episode, Group
-from searchr1_async.events import (
-    Event,
-    PhaseAdvanced,
-    PhaseEnded,
-    RolloutSampled,
-    RunEnded,
-    RunStarted,
-    WeightsPublished,
-)
+from searchr1_async.events import Event, PhaseAdvanced, RolloutSampled
 
 logger = logging.getLogger(__name__)
 
 Timed = tuple[float, Event]
 """An event and its arrival time in unix seconds."""
-
 SECONDS_BETWEEN_BATCHES = 0.5
 MAX_WAITING = 100_000
-"""Maximum queued events per tracker; later ones are lost, with one warning. At 1,000 episodes per second it fills within two
-minutes if the service takes nothing."""
+"""Maximum queued events per tracker; later ones are lost, with one warning."""
+LONGEST_TEXT = 10_000
+"""Maximum characters kept of one text."""
+EVENTS_FILE = "events.jsonl"
+"""File name in a run's folder."""
+_LAST_BYTES = 1 << 18
+"""Of a log, in which its last session's end stands."""
+SECONDS_BETWEEN_SAMPLES = 0.5
+"""``RolloutSampled`` and ``PhaseAdvanced`` are limited to twice per second; unlimited they take 60 MB per day."""
 
 
 class Tracker(Protocol):
@@ -55,9 +52,7 @@ class Tracker(Protocol):
 
     async def __aenter__(self) -> Self: ...
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *raised: Any) -> None:
         """Flush within a few seconds; a hanging service must not delay the end of the run."""
         ...
 
@@ -77,18 +72,13 @@ class QueuedTracker:
     name = "tracker"
 
     def __init__(self, *, close_within: float = 10.0, clock: Callable[[], float] = time.time) -> None:
-        self._close_within = close_within
-        self._clock = clock
+        self._close_within, self._clock = close_within, clock
         self._waiting: queue.SimpleQueue[Timed] = queue.SimpleQueue()
         self._ending = threading.Event()
         self._thread: threading.Thread | None = None
-        self._is_dropped = False
-        self._is_full = False
-
-    @property
-    def is_dropped(self) -> bool:
+        self._has_lost = False
+        self.is_dropped = False
         """It failed and receives no more events."""
-        return self._is_dropped
 
     def open(self) -> None:
         """Set up; called once, first."""
@@ -105,15 +95,13 @@ class QueuedTracker:
         """Flush; called once, last, unless an earlier call failed."""
 
     def __call__(self, event: Event) -> None:
-        if self._is_dropped or self._ending.is_set():
-            return
         now = self._clock()
-        if not self.wants(event, now):
+        if self.is_dropped or self._ending.is_set() or not self.wants(event, now):
             return
         if self._waiting.qsize() < MAX_WAITING:
             self._waiting.put((now, event))
-        elif not self._is_full:
-            self._is_full = True
+        elif not self._has_lost:
+            self._has_lost = True
             logger.warning("%s is too slow: %d events are queued, further ones are lost to it", self.name, MAX_WAITING)
 
     async def __aenter__(self) -> Self:
@@ -124,16 +112,14 @@ class QueuedTracker:
         self._thread.start()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *raised: object) -> None:
         thread = self._thread
         assert thread is not None
         self._ending.set()
         with anyio.CancelScope(shield=True):  # flush even if the run was cancelled
             await anyio.to_thread.run_sync(thread.join, self._close_within)
         if thread.is_alive():
-            self._is_dropped = True
+            self.is_dropped = True
             logger.warning(
                 "%s did not accept the run's last events within %g s and was abandoned", self.name, self._close_within
             )
@@ -143,29 +129,19 @@ class QueuedTracker:
         try:
             self.open()
             is_open = True
-            while not self._ending.is_set():
-                self._ending.wait(SECONDS_BETWEEN_BATCHES)
-                if batch := self._taken():
+            is_last = False
+            while not is_last:
+                is_last = self._ending.wait(SECONDS_BETWEEN_BATCHES)
+                if batch := [self._waiting.get_nowait() for _ in range(self._waiting.qsize())]:
                     self.write(batch)
-            if batch := self._taken():
-                self.write(batch)
             is_open = False
             self.close()
         except BaseException:  # a service's client may even raise SystemExit
-            self._is_dropped = True
+            self.is_dropped = True
             logger.warning("%s failed and receives no more events; the run continues", self.name, exc_info=True)
             if is_open:
                 with suppress(Exception):
                     self.close()
-            self._taken()
-
-    def _taken(self) -> list[Timed]:
-        """Drain the queue."""
-        batch: list[Timed] = []
-        with suppress(queue.Empty):
-            for _ in range(self._waiting.qsize()):
-                batch.append(self._waiting.get_nowait())
-        return batch
 
 
 @asynccontextmanager
@@ -196,13 +172,6 @@ async def _closed(tracker: Tracker) -> None:
         logger.warning("tracker %r could not be closed", tracker, exc_info=True)
 
 
-Values = dict[str, Any]
-"""An event's fields as plain JSON values; episodes and groups are summarised."""
-
-LONGEST_TEXT = 10_000
-"""Maximum characters kept of one text."""
-
-
 @dataclass(frozen=True, slots=True)
 class LoggedEvent:
     """A line of ``events.jsonl``."""
@@ -211,39 +180,31 @@ class LoggedEvent:
     """Unix seconds."""
     name: str
     """The event's class name, such as ``StepFinished``."""
-    values: Values
+    values: dict[str, Any]
 
 
 def encoded(time: float, event: Event) -> bytes:
-    """An event as a line, newline included."""
-    row = {"time": round(time, 3), "event": type(event).__name__} | event_values(event)
-    return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)
-
-
-def event_values(event: Event) -> Values:
-    """An event's fields, episodes and groups summarised. Non-finite numbers become None."""
-    out: Values = {}
-    for field in fields(event):
-        value = getattr(event, field.name)
+    """An event as a line, newline included; episodes and groups are summarised."""
+    row = {"time": round(time, 3), "event": type(event).__name__}
+    for name in event.__struct_fields__:
+        value = getattr(event, name)
         if isinstance(value, Episode):
-            out |= _episode(value)
+            row |= _episode(value)
         elif isinstance(value, Group):
-            out |= _group(value)
+            row |= _group(value)
         else:
-            out[field.name] = plain(value)
-    return out
+            row[name] = value
+    return orjson.dumps(plain(row), option=orjson.OPT_APPEND_NEWLINE)
 
 
 def plain(value: Any) -> Any:
-    """``value`` as JSON-compatible data, by its ``str`` if it is not."""
+    """``value`` as JSON-compatible data, by its ``str`` if it is not. Non-finite numbers become None."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int):
         return int(value) if -(2**63) <= value < 2**64 else float(value)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
-    if isinstance(value, str):
-        return storable(str(value)[:LONGEST_TEXT])
     if isinstance(value, Mapping):
         return {storable(str(name)): plain(item) for name, item in value.items()}
     if is_dataclass(value) and not isinstance(value, type):
@@ -253,32 +214,32 @@ def plain(value: Any) -> Any:
     return storable(str(value)[:LONGEST_TEXT])
 
 
-def _episode(episode: Episode) -> Values:
+def _episode(episode: Episode) -> dict[str, Any]:
     return {
-        "question_id": plain(episode.question.id),
-        "data_source": plain(episode.question.data_source),
-        "reward": plain(float(episode.reward)),
-        "correct": plain(episode.reward_parts.get("correct")),
+        "question_id": episode.question.id,
+        "data_source": episode.question.data_source,
+        "reward": float(episode.reward),
+        "correct": episode.reward_parts.get("correct"),
         "turns": len(episode.turns),
         "searches": sum(len(call.results) for call in episode.calls),
-        "seconds": plain(float(episode.seconds)),
-        "model_seconds": plain(float(sum(turn.seconds for turn in episode.turns))),
-        "search_seconds": plain(float(sum(call.seconds for call in episode.calls))),
+        "seconds": float(episode.seconds),
+        "model_seconds": float(sum(turn.seconds for turn in episode.turns)),
+        "search_seconds": float(sum(call.seconds for call in episode.calls)),
         "stop_reason": episode.stop_reason.value,
         "policy_versions": sorted({turn.policy_version for turn in episode.turns}),
     }
 
 
-def _group(group: Group) -> Values:
+def _group(group: Group) -> dict[str, Any]:
     rewards = group.rewards
     return {
-        "question_id": plain(group.question.id),
-        "data_source": plain(group.question.data_source),
+        "question_id": group.question.id,
+        "data_source": group.question.data_source,
         "episodes": len(group.episodes),
         "failed": len(group.failed),
-        "reward": plain(sum(rewards) / len(rewards)) if rewards else None,
+        "reward": sum(rewards) / len(rewards) if rewards else None,
         "is_constant": group.is_constant,
-        "seconds": plain(max((float(episode.seconds) for episode in group.episodes), default=0.0)),
+        "seconds": max((float(episode.seconds) for episode in group.episodes), default=0.0),
         "policy_versions": list(group.policy_versions),
     }
 
@@ -300,67 +261,29 @@ def decoded(line: bytes) -> LoggedEvent | None:
     """Parse one line; None if it is not an event."""
     try:
         row = orjson.loads(line)
-    except orjson.JSONDecodeError:
+        return LoggedEvent(float(row.pop("time")), str(row.pop("event")), row)
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    if not isinstance(row, dict):
+
+
+def end_reason(path: Path) -> str | None:
+    """Why the last session in a log ended (:data:`~searchr1_async.events.EndReason`); None if it does not say, as after a kill."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _LAST_BYTES))
+            lines = file.read().splitlines()
+    except OSError:
         return None
-    time, name = row.pop("time", None), row.pop("event", None)
-    if not isinstance(time, int | float) or isinstance(time, bool) or not isinstance(name, str):
-        return None
-    return LoggedEvent(float(time), name, row)
-
-
-def sessions(events: Iterable[LoggedEvent]) -> list[list[LoggedEvent]]:
-    """The events of each process that worked on the run, oldest first.
-
-    A session ends with ``RunEnded``; after a kill, the next ``RunStarted`` starts a new one.
-    """
-    out: list[list[LoggedEvent]] = []
-    is_over, has_begun = True, False
-    for event in events:
-        begins = event.name == RunStarted.__name__
-        if is_over or (begins and has_begun):
-            out.append([])
-            has_begun = False
-        out[-1].append(event)
-        has_begun |= begins
-        is_over = event.name == RunEnded.__name__
-    return out
-
-
-def session_events(events: Iterable[LoggedEvent], step: int | None = None) -> list[LoggedEvent]:
-    """The events of the last session that rolled out ``step`` (a resumed run redoes unfinished steps); empty if none did.
-
-    Args:
-        step: None for the last session that published weights, else the last one with any step.
-    """
-    by_session = sessions(events)
-    if step is None:
-        published = [
-            session for session in by_session if any(event.name == WeightsPublished.__name__ for event in session)
-        ]
-        return (published or [session for session in by_session if steps_of(session)] or [[]])[-1]
-    return next((session for session in reversed(by_session) if step in steps_of(session)), [])
-
-
-def steps_of(events: Iterable[LoggedEvent]) -> list[int]:
-    """The steps whose batch was opened or worked on, ascending."""
-    named = {"PipelineChanged", "MinibatchSubmitted", "BatchClosed", "GroupFinished", "GroupDropped"}
-    return sorted({event.values["step"] for event in events if event.name in named and "step" in event.values})
-
-
-EVENTS_FILE = "events.jsonl"
-"""File name in a run's folder."""
-
-SECONDS_BETWEEN_SAMPLES = 0.5
-"""``RolloutSampled`` and ``PhaseAdvanced`` are limited to twice per second; unlimited they take 60 MB per day."""
+    for event in map(decoded, reversed(lines)):
+        if event is not None and event.name in ("RunStarted", "RunEnded"):
+            return event.values.get("reason")
+    return None
 
 
 class JsonlTracker(QueuedTracker):
     """Appends each event as one line: ``{"time": <unix seconds>, "event": "StepFinished", "step": 3, …}``.
 
-    Episodes and groups are summarised (the full data is in the run's Parquet files). Lines are written within a second. A
-    killed process may leave its last line truncated; the next one repairs it.
+    Episodes and groups are summarised (the full data is in the run's Parquet files). Lines are written within a second.
 
     Args:
         path: the file; its folder is created.
@@ -373,23 +296,16 @@ class JsonlTracker(QueuedTracker):
         super().__init__(close_within=5.0, clock=clock)
         self._path = absolute_path(path)
         self._file: BinaryIO | None = None
-        self._sampled_at = float("-inf")
-        self._advanced_at: dict[str, float] = {}
-        self._skipped: dict[str, Timed] = {}
+        self._written_at: dict[str, float] = {}
+        """Of events that are limited, by kind and phase."""
 
     def wants(self, event: Event, now: float) -> bool:
-        if isinstance(event, RolloutSampled):
-            if now - self._sampled_at < SECONDS_BETWEEN_SAMPLES:
-                return False
-            self._sampled_at = now
-        elif isinstance(event, PhaseAdvanced):
-            if now - self._advanced_at.get(event.phase, float("-inf")) < SECONDS_BETWEEN_SAMPLES:
-                self._skipped[event.phase] = (now, event)
-                return False
-            self._advanced_at[event.phase] = now
-            self._skipped.pop(event.phase, None)
-        elif isinstance(event, PhaseEnded) and (skipped := self._skipped.pop(event.phase, None)):
-            self._waiting.put(skipped)  # the phase's final progress
+        if not isinstance(event, RolloutSampled | PhaseAdvanced):
+            return True
+        kind = event.phase if isinstance(event, PhaseAdvanced) else ""
+        if now - self._written_at.get(kind, -math.inf) < SECONDS_BETWEEN_SAMPLES:
+            return False
+        self._written_at[kind] = now
         return True
 
     def open(self) -> None:
@@ -407,22 +323,9 @@ class JsonlTracker(QueuedTracker):
 
 
 def mend(path: Path) -> None:
-    """Repair the last line: terminate it if it is complete, else truncate the file."""
-    if not path.exists() or not path.stat().st_size:
-        return
-    with path.open("r+b") as file:
-        end = file.seek(0, os.SEEK_END)
-        torn, start = b"", end
-        while start and b"\n" not in torn:
-            size = min(1 << 16, start)
-            start -= size
-            file.seek(start)
-            torn = file.read(size) + torn
-        torn = torn[torn.rfind(b"\n") + 1 :]
-        if not torn:
-            return
-        if decoded(torn) is None:
-            file.truncate(end - len(torn))
-        else:
-            file.seek(0, os.SEEK_END)
-            file.write(b"\n")
+    """End a line that a kill truncated, so that the next one is whole; readers skip it."""
+    if path.exists() and path.stat().st_size:
+        with path.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")

@@ -1,4 +1,5 @@
-"""Writes a run's records: its steps with their resume points, its kept weights, its cost, and finished groups that no step has yet.
+"""Writes a run's records: its steps with their resume points, its evaluations and kept weights, its cost, and finished groups that no
+step has yet. It also decides how long the service keeps a checkpoint.
 
 A resume point never exists without the records of its steps. Nothing of a step is lost by a stop: writing is shielded. What a
 killed session did after its last recorded step is repeated, except for finished groups, which :class:`UnlearnedGroups` keeps.
@@ -8,42 +9,37 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import anyio
-from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
-from searchr1_async.billing import TokenUsage, billing_of
-from searchr1_async.boundary.waits import GatheredWriting
-from searchr1_async.episodes.table import GroupOutcome
-from searchr1_async.episodes.types import Group
+from searchr1_async.billing import Spending, TokenUsage, check_max_cost
+from searchr1_async.boundary.waits import GatheredItems
+from searchr1_async.config import LossName
+from searchr1_async.episodes.types import Group, GroupOutcome
 from searchr1_async.errors import CheckpointError, ServiceError
-from searchr1_async.events import CheckpointSaved, Emit, Notice, StepFinished
+from searchr1_async.events import CheckpointSaved, Emit, EndReason, Notice, StepFinished
 from searchr1_async.records.metrics import group_metrics, outcome_metrics
 from searchr1_async.records.run_records import RunRecords
 from searchr1_async.rollout.engine import RolloutEngine
-from searchr1_async.runs.checkpoints import CheckpointList, ResumePoint
 from searchr1_async.runs.control import RunControl
-from searchr1_async.runs.estimate import estimate
-from searchr1_async.runs.finished_groups import UnlearnedGroups
-from searchr1_async.runs.folder import TrainingResult, result_of, writing_records
-from searchr1_async.runs.spending import Spending, check_max_cost
-from searchr1_async.search.stats import SearchStatistics
+from searchr1_async.runs.evaluation import Evaluation
+from searchr1_async.runs.folder import OF_NO_STEP, TrainingResult, UnlearnedGroups, result_of, writing_records
+from searchr1_async.runs.resume import CheckpointList, ResumePoint
 from searchr1_async.service.connection import Service
+from searchr1_async.service.opening import billing_on
 from searchr1_async.training.admission import Admission, Closed, QuestionOrder
 from searchr1_async.training.batches import advantages
+from searchr1_async.training.estimate import estimate
 from searchr1_async.training.job import TrainingJob
-from searchr1_async.training.learner import FinishedStep, StepInProgress
+from searchr1_async.training.learner import SubmittedBatch
 
 logger = logging.getLogger(__name__)
 
-STOP_SECONDS = 60.0
-"""For steps whose optimizer step is at the trainer when the run is stopped: they are waited for and recorded. One took 2 to 17 s on
-the embedded service; later ones are learned again after the resume."""
 _GATHERING = 0.2
 """Seconds in which finished groups gather for one write: what a kill may cost."""
 
@@ -59,21 +55,15 @@ class Session:
     control: RunControl
     emit: Emit
 
-    @property
-    def total_steps(self) -> int:
-        return self.job.total_steps(self.order)
 
-
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Step:
     """A closed batch whose optimizer step is submitted. All times in seconds of the run's pausable clock."""
 
     closed: Closed
-    training: StepInProgress
-    searched: SearchStatistics
-    """Searches while the batch was open, those of a concurrent evaluation included."""
-    engine: Mapping[str, float]
-    """The engine's metrics when it closed, those of a concurrent evaluation included."""
+    training: SubmittedBatch
+    metrics: Mapping[str, float]
+    """Of the search and the engine while the batch was open, those of a concurrent evaluation included."""
     opened: float
     sampled: float
     """When its last group had finished."""
@@ -82,123 +72,76 @@ class Step:
     published: float = math.nan
     """When its new weights were published."""
     is_published: anyio.Event = field(default_factory=anyio.Event)
+    is_recorded: anyio.Event = field(default_factory=anyio.Event)
 
     @property
     def number(self) -> int:
         return self.closed.step
 
 
-@asynccontextmanager
-async def completing_steps(
-    control: RunControl, publish: Callable[[Step], Awaitable[None]], record: Callable[[Step], Awaitable[None]]
-) -> AsyncIterator[Callable[[Step], Awaitable[None]]]:
-    """Publishes and then records closed steps, in order, beside the block. Ends when the last is recorded; after a stop, within a
-    minute, and at once while the service does not answer.
-
-    Yields:
-        A function that hands over a closed step; it waits while two before it are not done.
-
-    Raises, within an exception group, what ``publish`` and ``record`` raise.
-    """
-    scope = anyio.CancelScope()
-
-    def cut() -> None:
-        scope.deadline = anyio.current_time() + (0.0 if control.waits_for_service else STOP_SECONDS)
-
-    async def each(
-        steps: MemoryObjectReceiveStream[Step],
-        complete: Callable[[Step], Awaitable[None]],
-        following: MemoryObjectSendStream[Step] | None,
-    ) -> None:
-        async with steps, following or nullcontext():
-            async for step in steps:
-                await complete(step)
-                if following is not None:
-                    await _hand_over(following, step)
-
-    # Also for a stop that comes when the last batch is closed: nothing but steps is in progress then.
-    with control.ending_with(cut), scope:
-        async with anyio.create_task_group() as tasks:
-            # Of one: a trainer that is further behind holds the loop up, so that a kill costs at most two steps.
-            to_publish, publishing = anyio.create_memory_object_stream[Step](1)
-            to_record, recording = anyio.create_memory_object_stream[Step](1)
-            tasks.start_soon(each, publishing, publish, to_record)
-            tasks.start_soon(each, recording, record, None)
-            async with to_publish:
-                yield partial(_hand_over, to_publish)
-            if control.stop_requested:
-                cut()
-
-
-async def _hand_over(stream: MemoryObjectSendStream[Step], step: Step) -> None:
-    try:
-        try:
-            stream.send_nowait(step)  # where there is room a stop cannot come between the step and its record
-        except anyio.WouldBlock:
-            await stream.send(step)
-    except anyio.BrokenResourceError:
-        await anyio.sleep_forever()  # its reader has failed: the error that cancels this says why
-
-
 class Recorder:
     """The only writer of a run's folder in one session.
 
-    Args:
-        identity: the run's settings.
-        point: the resume point; None at the start of a run.
+    Raises:
+        ConfigurationError: ``max_cost`` is given and the model's price is unknown.
     """
 
     def __init__(self, session: Session, identity: Mapping[str, Any], point: ResumePoint | None) -> None:
         self._session, self._job, self._emit = session, session.job, session.emit
-        self._identity = identity
+        self._folder, self._identity = session.job.out_dir, identity
         self.point = point
         """Where the run stands on disk."""
         self.started_from: Mapping[str, Any] | None = None
         """Record of the weights of ``start_from``."""
-        self.records = RunRecords(self._job.out_dir)
-        self.kept = CheckpointList(self._job.out_dir, keep_best=self._job.keep_best)
-        self.spending = _spending_of(self._job, session.service, point)
-        """What the run used and spent so far."""
-        self.unlearned = UnlearnedWriter(self._job)
-        self.longest_step = 0.0
-        """Seconds between two steps' weights, the longest so far."""
-        self._seconds_before = self._began = self._last_published = 0.0
+        self.records = RunRecords(self._folder)
+        self.kept = CheckpointList(self._folder, keep_best=self._job.config.checkpoints.keep_best)
+        cost = self._job.config.cost
+        billing = billing_on(self._job.service, session.service.model_name, cost.price)
+        check_max_cost(cost.max_cost, billing)
+        self.estimate = estimate(self._job.shape, billing)
+        before: dict[str, Any] = {}
+        if point is not None:
+            before = {"used": point.tokens, "spent": point.dollars, "dearest_step": point.dearest_step}
+        self.spending = Spending(billing, self.estimate.dollars_per_step, limit=cost.max_cost, **before)
+        self.unlearned = UnlearnedWriter(self._folder)
+        self._changing = anyio.Lock()
+        """Of the resume point and the list of checkpoints: what one of them names is not deleted while the other is written."""
+        self._longest_step = self._last_published = 0.0
+        self._ends = math.inf
+        """When ``time_limit`` is reached."""
 
     # --- the start and the end ------------------------------------------------------------------------------------------
 
     def emit_estimate(self) -> None:
         """Reports the estimated cost, if anything is billed."""
-        if not self.spending.is_billed:
-            return
-        self._emit(Notice(f"estimated cost: {self.spending.estimate.text}"))
-        if self.point is not None and self.point.step and self.point.tokens == TokenUsage():
-            text = "earlier sessions did not record their usage: the cost counts from here"
-            self._emit(Notice(text, is_warning=True))
+        if self.spending.is_billed:
+            self._emit(Notice(f"estimated cost: {self.estimate.text}"))
 
     async def start_over(self) -> None:
-        """Deletes what an earlier attempt left that came to no step: its evaluations, finished groups, resume point and weights.
-
-        Raises:
-            CheckpointError: the folder cannot be written.
-        """
+        """Deletes what an earlier attempt without a step left: its evaluations, finished groups, resume point and weights."""
 
         def forget() -> list[str]:
-            point = ResumePoint.load(self._job.out_dir)
-            with writing_records(self._job.out_dir):
+            point = ResumePoint.load(self._folder)
+            with writing_records(self._folder):
                 self.records.truncate_after(-1)
                 paths = [path for one in self.kept.clear() for path in one.paths]
-                ResumePoint.forget(self._job.out_dir)
+                ResumePoint.forget(self._folder)
             return paths if point is None else [*paths, point.state_path]
 
         gone = await anyio.to_thread.run_sync(forget)
         await self.unlearned.clear()
-        await self.delete(gone)
+        await self._delete(gone)
 
-    def point_at_start(self, state_path: str, loss: Any) -> ResumePoint:
-        """The resume point before the first step, with this state."""
-        if self.point is not None:
-            return replace(self.point, state_path=state_path)
-        return ResumePoint(
+    async def save_start(
+        self, state_path: str, loss: LossName, *, warm_up: int | None = None, sampler_path: str | None = None
+    ) -> None:
+        """Saves the resume point before the first step.
+
+        Args:
+            warm_up: finished steps of a warm-up in progress.
+            sampler_path: of the weights, if they are kept.
+        """
+        point = self.point or ResumePoint(
             step=0,
             next_place=0,
             state_path=state_path,
@@ -208,118 +151,109 @@ class Recorder:
             loss=loss,
             started_from=self.started_from,
         )
+        await self.save(replace(point, state_path=state_path, warm_up=warm_up), sampler_path)
+        if warm_up is None:
+            self._emit(CheckpointSaved(0, state_path))
 
-    async def save(self, point: ResumePoint, *, deletes_old: bool = False) -> None:
-        """Saves a resume point between steps, and its kept weights if any; then deletes the state of the one before, if asked."""
+    async def save(self, point: ResumePoint, sampler_path: str | None) -> None:
+        """Saves a resume point between steps, with its weights for sampling, which are kept, if there are any."""
         before = self.point
-        self.point = point = self.spending.written_into(point)
+        if sampler_path is not None:
+            point = replace(point, sampler_path=sampler_path, sampler_step=point.step)
 
-        def write() -> None:
-            if point.sampler_path is not None and point.sampler_step is not None:
-                with writing_records(self._job.out_dir):
-                    state = point.state_path if point.sampler_step == point.step else None
-                    self.kept.add(point.sampler_step, point.sampler_path, for_good=True, state_path=state)
-            point.save(self._job.out_dir)
+        def keep() -> None:
+            if sampler_path is not None:
+                self.kept.add(point.step, sampler_path, for_good=True, state_path=point.state_path)
 
-        await anyio.to_thread.run_sync(write)
-        if before is not None and deletes_old:
-            await self.delete([before.state_path])
+        await self._advance(replace(point, **self.spending.as_fields()), keep)
+        await self._delete_state(before)
 
     async def save_spending(self) -> None:
         """Saves the usage since the resume point, if there is one; cannot be cancelled."""
         if self.point is None:
             return
-        self.point = self.spending.written_into(self.point)
-        with anyio.CancelScope(shield=True):
-            try:
-                await anyio.to_thread.run_sync(self.point.save, self._job.out_dir)
-            except CheckpointError as error:  # the run is intact; only its cost is too low after a resume
-                self._emit(Notice(f"could not save the usage since the last step: {error}", is_warning=True))
+        try:
+            await self._advance(replace(self.point, **self.spending.as_fields()), lambda: None)
+        except CheckpointError as error:  # the run is intact; only its cost is too low after a resume
+            self._emit(Notice(f"could not save the usage since the last step: {error}", is_warning=True))
 
-    async def result(self, reason: str) -> TrainingResult:
+    async def result(self, reason: EndReason) -> TrainingResult:
         """The run's result so far, with its cost; reports the cost if anything is billed."""
-        result = await anyio.to_thread.run_sync(result_of, self._job.out_dir, self.point, reason)
-        cost, expected = self.spending.cost, self.spending.estimate
+        result = await anyio.to_thread.run_sync(result_of, self._folder, self.point, reason)
+        cost, expected = self.spending.cost, self.estimate
         if self.spending.is_billed:
             self._emit(Notice(f"cost: {cost} ({cost.tokens}); estimated: {expected.text}"))
         return replace(result, cost=cost, estimated_cost=expected)
 
     # --- steps ----------------------------------------------------------------------------------------------------------
 
-    def begin(self, now: float) -> None:
-        """The session's first step begins."""
+    def begin(self) -> float | None:
+        """The session's first step begins; returns the seconds left of ``time_limit``, None without one."""
         assert self.point is not None, "the start is saved first"
-        self._began = self._last_published = now
-        self._seconds_before = self.point.seconds
+        limit = self._job.config.length.time_limit
+        self._last_published = self._session.control.now()
+        left = None if limit is None else max(0.0, limit - self.point.seconds)
+        self._ends = math.inf if left is None else self._last_published + left
         # The mean of earlier sessions, where no step was seen in this one.
-        self.longest_step = self.point.seconds / self.point.step if self.point.step else 0.0
+        self._longest_step = self.point.seconds / self.point.step if self.point.step else 0.0
         self.spending.begin()
+        return left
 
-    def limit_near(self, done: int, seconds: float, seconds_left: float | None, to_come: TokenUsage) -> str | None:
-        """Whether another step might cross a limit: ``time_limit``, ``max_cost``, or None. Reports it.
+    def limit_near(self, done: int, to_come: TokenUsage) -> Literal["time_limit", "max_cost"] | None:
+        """Whether another step might cross a limit. Reports it.
 
         Args:
             done: closed steps.
-            seconds: of this session so far.
-            seconds_left: at most, when it began; None: no limit.
             to_come: usage that follows even without another step.
         """
-        problem, limit = self.spending.problem(to_come), "max_cost"
-        if seconds_left is not None and seconds + self.longest_step > seconds_left:
-            problem, limit = "the time limit is near", "time_limit"
+        is_late = self._session.control.now() + self._longest_step > self._ends
+        problem = "the time limit is near" if is_late else self.spending.problem(to_come)
         if problem is None:
             return None
         self._emit(Notice(f"{problem}: reinforcement learning ends after {done} steps"))
-        return limit
+        return "time_limit" if is_late else "max_cost"
 
-    async def record(self, step: Step, finished: FinishedStep, admission: Admission) -> None:
-        """Writes one step down and emits it; steps come in order.
+    async def record(self, step: Step, admission: Admission) -> str | None:
+        """Writes one step down, once the service has saved it, and emits it; steps come in order.
 
-        Raises:
-            CheckpointError: the folder cannot be written.
+        Returns:
+            The path of its weights for sampling, if a checkpoint or evaluation was due.
         """
-        before, sampler_path = self.point, finished.sampler_path
+        finished, before = await step.training.finished(), self.point
         assert before is not None
-        outcomes = admission.outcomes(step.closed)
+        outcomes, sampler_path = admission.outcomes(step.closed), finished.sampler_path
         next_place, open_places = admission.next_place, admission.open_after(step.number)
-        metrics = await self._metrics(step, outcomes, finished)
-        is_newest = sampler_path is not None and step.is_checkpoint
+        metrics = await self._metrics(step, outcomes, finished.metrics)
         new = replace(
-            self.spending.written_into(before),
+            before,
+            **self.spending.as_fields(),
             step=step.number,
             next_place=next_place,
             open_places=open_places,
             state_path=finished.state_path,
-            sampler_path=sampler_path if is_newest else before.sampler_path,
-            sampler_step=step.number if is_newest else before.sampler_step,
-            seconds=self._seconds_before + step.published - self._began,
+            seconds=before.seconds + metrics["time/total"],
         )
+        if sampler_path is not None and step.is_checkpoint:
+            new = replace(new, sampler_path=sampler_path, sampler_step=step.number)
 
         def write() -> None:
-            with writing_records(self._job.out_dir):
-                weigh = partial(advantages, kind=self._job.learning.advantage)
-                self.records.write_step(step.number, outcomes, metrics, weigh)
-                if sampler_path is not None:
-                    self.kept.add(
-                        step.number, sampler_path, for_good=step.is_checkpoint, state_path=finished.state_path
-                    )
-            new.save(self._job.out_dir)
+            weigh = partial(advantages, kind=self._job.learning.advantage)
+            self.records.write_step(step.number, outcomes, metrics, weigh)
+            if sampler_path is not None:
+                self.kept.add(step.number, sampler_path, for_good=step.is_checkpoint, state_path=finished.state_path)
 
-        # Shielded: a stop must not fall between a step and its record.
-        with anyio.CancelScope(shield=True):
-            await anyio.to_thread.run_sync(write)
-            self.point = new
+        await self._advance(new, write)
         self._emit(CheckpointSaved(step.number, new.state_path))
         self._emit(StepFinished(step.number, metrics))
-        if before.step and not self.kept.holds_state(before.state_path):
-            await self.delete([before.state_path])
+        await self._delete_state(before)
+        return sampler_path
 
     async def _metrics(
-        self, step: Step, outcomes: tuple[GroupOutcome, ...], finished: FinishedStep
+        self, step: Step, outcomes: tuple[GroupOutcome, ...], learned: Mapping[str, float]
     ) -> dict[str, float]:
         total = step.published - self._last_published
         self._last_published = step.published
-        self.longest_step = max(self.longest_step, total)
+        self._longest_step = max(self._longest_step, total)
 
         def of_groups() -> dict[str, float]:
             groups = [outcome.group for outcome in outcomes]
@@ -327,19 +261,66 @@ class Recorder:
 
         return {
             "progress/batch": float(step.number),
-            "progress/done_frac": min(1.0, step.number / self._session.total_steps),
+            "progress/done_frac": min(1.0, step.number / self._job.shape.total_steps),
             # In a thread: 1,024 episodes take 0.1 s.
             **await anyio.to_thread.run_sync(of_groups),
-            **step.searched.metrics(),
-            **step.engine,
-            **finished.metrics,
+            **step.metrics,
+            **learned,
             **self.spending.step_recorded(),
             "time/total": total,
             "time/sampling": step.sampled - step.opened,
             "time/training_after_sampling": step.published - step.sampled,
         }
 
-    async def delete(self, paths: Iterable[str]) -> None:
+    # --- evaluations ----------------------------------------------------------------------------------------------------
+
+    async def write_evaluation(self, label: str, evaluation: Evaluation, step: int) -> None:
+        """Writes an evaluation of a step's weights down."""
+
+        def write() -> None:
+            with writing_records(self._folder):
+                self.records.write_evaluation(label, evaluation.episodes, step)
+                if label not in OF_NO_STEP:
+                    self.kept.measured(step, evaluation.exact_match, evaluation.questions)
+
+        await anyio.to_thread.run_sync(write)
+
+    async def delete_unwanted(self, waiting: Collection[int]) -> None:
+        """Deletes weights that were kept only for their evaluation, but not of the steps whose evaluation waits."""
+
+        def take() -> list[str]:
+            with writing_records(self._folder):
+                return [path for one in self.kept.take_unwanted(waiting) for path in one.paths]
+
+        async with self._changing:
+            gone = await anyio.to_thread.run_sync(take)
+            # The resume point's own state is deleted after the next step.
+            spared = None if self.point is None else self.point.state_path
+        await self._delete(path for path in gone if path != spared and not self.kept.holds_state(path))
+
+    # --- writing and deleting -------------------------------------------------------------------------------------------
+
+    async def _advance(self, point: ResumePoint, write: Callable[[], None]) -> None:
+        """Writes records, then the resume point that names them. Shielded: a stop must not fall between a step and its record."""
+
+        def write_all() -> None:
+            with writing_records(self._folder):
+                write()
+            point.save(self._folder)
+
+        with anyio.CancelScope(shield=True):
+            async with self._changing:
+                await anyio.to_thread.run_sync(write_all)
+                self.point = point
+
+    async def _delete_state(self, before: ResumePoint | None) -> None:
+        """Deletes the state of an earlier resume point, unless it is still in use."""
+        assert self.point is not None
+        if before is None or before.state_path == self.point.state_path or self.kept.holds_state(before.state_path):
+            return
+        await self._delete([before.state_path])
+
+    async def _delete(self, paths: Iterable[str]) -> None:
         """Deletes at the service what no file of the run names any more; what cannot be deleted costs only room."""
         for path in paths:
             try:
@@ -348,41 +329,21 @@ class Recorder:
                 logger.info("%s was not deleted: %s", path, error)
 
 
-def _spending_of(job: TrainingJob, service: Service, point: ResumePoint | None) -> Spending:
-    """Refuses ``max_cost`` if the model's price is unknown."""
-    billing = billing_of(service.model_name, is_embedded=service.is_local, is_tinker=service.is_tinker, price=job.price)
-    check_max_cost(job.max_cost, billing)
-    new = Spending(billing, estimate(job.shape, billing), limit=job.max_cost)
-    if point is None:
-        return new
-    return Spending(
-        *(billing, new.estimate),
-        limit=job.max_cost,
-        used=point.tokens,
-        spent=point.dollars,
-        dearest_step=point.dearest_step,
-    )
-
-
 class UnlearnedWriter:
-    """Saves finished groups on disk, until a recorded step contains them."""
+    """Saves the finished groups of the run in a folder on disk, until a recorded step contains them."""
 
-    def __init__(self, job: TrainingJob) -> None:
-        self._job = job
-        self._groups = UnlearnedGroups(job.out_dir / "unlearned")
-        self._new: list[tuple[int, Group]] = []
-        self._done: set[int] = set()
-        self._gathered = GatheredWriting(self._write, _GATHERING)
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._groups = UnlearnedGroups(folder / "unlearned")
+        self._gathered = GatheredItems(self._write, _GATHERING)
+        self.writing = self._gathered.writing
+        """A context that writes while its block runs, and what is left when it ends, also by an error or a cancellation."""
 
     async def load(self) -> dict[int, Group]:
-        """What an earlier session left, by place.
-
-        Raises:
-            CheckpointError: what a killed session left half done cannot be tidied up, such as on a full disk.
-        """
+        """What an earlier session left, by place."""
 
         def load() -> dict[int, Group]:
-            with writing_records(self._job.out_dir):
+            with writing_records(self._folder):
                 return self._groups.load()
 
         return await anyio.to_thread.run_sync(load)
@@ -393,35 +354,19 @@ class UnlearnedWriter:
 
     def keep(self, place: int, group: Group) -> None:
         """Writes this group soon, in place of an earlier one."""
-        self._done.discard(place)
-        self._new.append((place, group))
-        self._gathered.want()
+        self._gathered.take((place, group))
 
     def forget(self, places: Collection[int]) -> None:
         """Recorded steps hold these, or they are of no use: they may go."""
-        self._done.update(places)
-        self._gathered.want()
+        for place in places:
+            self._gathered.take((place, None))
 
-    def writing(self) -> AbstractAsyncContextManager[None]:
-        """Writes while the block runs, and what is left at its end, however that comes.
-
-        Raises, within an exception group:
-            CheckpointError: the folder cannot be written.
-        """
-        return self._gathered.writing()
-
-    async def _write(self) -> None:
-        new, self._new = self._new, []
-        done, self._done = self._done, set()
+    async def _write(self, items: Sequence[tuple[int, Group | None]]) -> None:
+        latest = dict(items)
 
         def write() -> None:
-            with writing_records(self._job.out_dir):
-                if kept := [(place, group) for place, group in new if place not in done]:
-                    self._groups.write(kept)
-                if done:
-                    self._groups.forget(done)
+            with writing_records(self._folder):
+                self._groups.write({place: group for place, group in latest.items() if group is not None})
+                self._groups.forget(place for place, group in latest.items() if group is None)
 
-        if new or done:
-            # Shielded: what was taken from the list must reach the disk, though the run is stopped just now.
-            with anyio.CancelScope(shield=True):
-                await anyio.to_thread.run_sync(write)
+        await anyio.to_thread.run_sync(write)

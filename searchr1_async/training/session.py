@@ -6,11 +6,11 @@ Read :meth:`_Phases._run` from top to bottom: evaluate, warm up, train (:mod:`se
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import tinker
@@ -18,17 +18,22 @@ import tinker
 from searchr1_async.billing import TokenUsage
 from searchr1_async.boundary.signals import is_interrupt
 from searchr1_async.config import LossName, TrainConfig, WarmUp
-from searchr1_async.episodes.types import Episode
-from searchr1_async.errors import RunFolderError, SearchR1Error, ungrouped
-from searchr1_async.events import CheckpointSaved, Emit, Notice, RunEnded, RunStarted
+from searchr1_async.errors import RunFolderError, ungrouped
+from searchr1_async.events import (
+    Emit,
+    EndReason,
+    Notice,
+    PhaseAdvanced,
+    PhaseEnded,
+    PhaseStarted,
+    RunEnded,
+    RunStarted,
+    Watchers,
+)
 from searchr1_async.records.run_records import RunRecords
-from searchr1_async.rollout.engine import RolloutEngine, open_engine
 from searchr1_async.rollout.player import NewestWeights, TinkerPolicy
-from searchr1_async.rollout.workers.messages import WorkerSpec
 from searchr1_async.runs.ask import LiveAnswers
-from searchr1_async.runs.checkpoints import ResumePoint, WarmUpPlace
 from searchr1_async.runs.control import RunControl
-from searchr1_async.runs.estimate import estimate
 from searchr1_async.runs.folder import (
     AFTER_RL,
     AFTER_WARM_UP,
@@ -45,27 +50,21 @@ from searchr1_async.runs.folder import (
     result_of,
     work_in,
 )
-from searchr1_async.runs.rollouts import open_search
-from searchr1_async.service.availability import watching_service
-from searchr1_async.service.connection import Service, find_endpoint, is_embedded, is_tinker_cloud
-from searchr1_async.service.startup import billing_on, check_chat_format, check_service, open_service
+from searchr1_async.runs.resume import ResumePoint
+from searchr1_async.runs.rollouts import PlaySettings, check_model, engine_on, open_search, opened_service, worker_spec
+from searchr1_async.runs.weights import EpisodeChoice
+from searchr1_async.service.connection import is_embedded, is_tinker_cloud
+from searchr1_async.service.opening import billing_on
 from searchr1_async.trackers import Tracker, open_trackers
 from searchr1_async.training.admission import QuestionOrder
-from searchr1_async.training.checks import tell_near_overlap
+from searchr1_async.training.estimate import estimate
 from searchr1_async.training.held_out import Measuring
+from searchr1_async.training.initial_weights import find_start, open_start, warm_up_batches
 from searchr1_async.training.job import TrainingJob, changed_inputs, refuse_other_measure
 from searchr1_async.training.learner import Learner
 from searchr1_async.training.loop import TrainingLoop
+from searchr1_async.training.losses import choose_loss
 from searchr1_async.training.recorder import Recorder, Session
-from searchr1_async.training.start import choose_loss, open_start
-from searchr1_async.training.warm_up import (
-    chosen_demonstrations,
-    demonstration_batches,
-    play_demonstrations,
-    run_warm_up,
-)
-from searchr1_async.watch.subscribers import Watchers
-from searchr1_async.watch.viewer.parts import remember_tokenizer
 
 
 async def run_training(
@@ -76,35 +75,24 @@ async def run_training(
     Args:
         watchers: get every event.
         trackers: likewise, once the run's folder is claimed; opened and closed here.
-
-    Raises:
-        SearchR1Error: any failure; the run's folder holds a resume point.
     """
     control.emit = watchers
     async with AsyncExitStack() as opened:
-        reason = "failed"
+        reason: EndReason = "failed"
         try:
-            result = await _run_reporting_errors(job, watchers, control, trackers, opened)
-            reason = result.reason
+            with ungrouped():
+                result = await _run(job, watchers, control, trackers, opened)
+            reason = cast(EndReason, result.reason)  # of a session that came to its end
         except BaseException as error:
             if isinstance(error, asyncio.CancelledError) or is_interrupt(error):
                 reason = "stopped"
+            else:
+                watchers(Notice(f"{type(error).__name__}: {error}", is_warning=True))
             raise
         finally:
             watchers(RunEnded(reason))
             watchers.close()
     return result
-
-
-async def _run_reporting_errors(
-    job: TrainingJob, emit: Watchers, control: RunControl, trackers: Sequence[Tracker], opened: AsyncExitStack
-) -> TrainingResult:
-    try:
-        with ungrouped():
-            return await _run(job, emit, control, trackers, opened)
-    except SearchR1Error as error:
-        emit(Notice(f"{type(error).__name__}: {error}", is_warning=True))
-        raise
 
 
 async def _run(
@@ -115,13 +103,16 @@ async def _run(
     identity = await anyio.to_thread.run_sync(job.identity)
     point = _load_point(job, identity, order)
     if point is not None and (result := await anyio.to_thread.run_sync(_finished_result, job, point, order)):
-        emit(_started(job, identity, order, point, point.base_model))
+        emit(_started(job, identity, point, point.base_model))
         emit(Notice(f"nothing left to do: {point.step} steps are done"))
         return result
     config = job.config  # kept as given: with the started model filled in, the kept file would not resume the run
     # A resumed run keeps what it started with, even values that were defaults then.
     job = job.resumed(point)
-    await _check_service(job, control, emit)
+    with control.interruptible():
+        await check_model(job.service_choice, job.config.episode, emit, trains=True)
+        for note in job.notes:
+            emit(Notice(note))
     if control.stop_requested:
         return await anyio.to_thread.run_sync(result_of, job.out_dir, point, "stopped")
     # On the same stack as the trackers, which close before the folder is released.
@@ -136,9 +127,8 @@ async def _run(
             text = f"this session continues with different input than the previous one: {'; '.join(changed)}"
             emit(Notice(text, is_warning=True))
         point = point.given(identity["inputs"])
-    started = partial(_started, job, identity, order, point)
+    started = partial(_started, job, identity, point)
     with control.interruptible():
-        await tell_near_overlap(job.questions, job.held_out, emit)
         await open_search(job.search, emit)
         async with _opened(job, config, order, control, emit, is_new=point is None, started=started) as session:
             return await _Phases(session, Recorder(session, identity, point)).run()
@@ -146,11 +136,7 @@ async def _run(
 
 
 def _load_point(job: TrainingJob, identity: Mapping[str, Any], order: QuestionOrder) -> ResumePoint | None:
-    """The resume point of the run in the folder; None if there is none.
-
-    Raises:
-        RunFolderError: a run exists but is not to be resumed, or has other settings or questions, or was evaluated differently.
-    """
+    """The resume point of the run in the folder; None if there is none."""
     point = find_point(job.out_dir, resume=job.resume)
     if point is None:
         return None
@@ -171,21 +157,10 @@ def _finished_result(job: TrainingJob, point: ResumePoint, order: QuestionOrder)
     is_measured = not job.held_out or evaluation_steps(records).get(AFTER_RL) == point.step
     if not job.is_over(point, order) or point.sampler_step != point.step or not is_measured:
         return None
-    billing = billing_on(job.service, point.base_model, job.price)
+    billing = billing_on(job.service, point.base_model, job.config.cost.price)
     cost = billing.cost_of(point.dollars, point.tokens)
     result = result_of(job.out_dir, point, "finished")
     return replace(result, cost=cost, estimated_cost=estimate(job.shape, billing))
-
-
-async def _check_service(job: TrainingJob, control: RunControl, emit: Emit) -> None:
-    emit(Notice(find_endpoint(job.service).text))
-    for note in job.notes:
-        emit(Notice(note))
-    with control.interruptible():
-        model = await check_service(job.service, job.model, job.local, trains=True, emit=emit)
-        await check_chat_format(
-            job.service, model, job.tokenizer, renderer_name=job.renderer_name, thinking=job.thinking
-        )
 
 
 @asynccontextmanager
@@ -201,81 +176,52 @@ async def _opened(
 ) -> AsyncIterator[Session]:
     """Opens the search, the Tinker service and the rollout engine, and keeps in the folder what they were opened from.
 
-    Args:
-        config: the settings to keep in the folder.
-        is_new: the run has no resume point.
-        started: the event of the run's start, by the model's name.
+    The engine pauses with the run (:meth:`RunControl.holding`), which pauses while the service is silent.
     """
+    play = PlaySettings(
+        job.reward,
+        job.config.sampling,
+        EpisodeChoice().completed_by(job.config.episode),
+        job.learning.group_size,
+        job.learning.max_failed_fraction,
+    )
+
+    def keep() -> None:
+        keep_questions(job.questions, job.out_dir, anew=is_new)
+        keep_search(job.search, job.out_dir)
+        keep_config(config, job.out_dir)
+
     async with (
         job.search,
-        open_service(
-            *(job.service, job.model),
-            folder=job.out_dir / "service",
-            local=job.local,
-            emit=emit,
-            tokenizer=job.tokenizer,
-            trains=True,
-        ) as service,
-        watching_service(service.client, service.url, emit, job.max_service_outage) as watch,
+        opened_service(job.service_choice, job.out_dir / "service", emit, trains=True) as service,
     ):
-        service = replace(service, watch=watch)
-        remember_tokenizer(service.tokenizer)
+        watch = service.watch
+        assert watch is not None
         emit(started(service.model_name))
-        async with _opened_engine(job, service, emit := watch.hearing(emit)) as engine:
+        emit = watch.hearing(emit)
+        async with engine_on(service, worker_spec(service, play), job.search, play, emit) as engine:
             await keep_tokenizer(service.tokenizer, job.out_dir, anew=is_new)
-            await anyio.to_thread.run_sync(partial(keep_questions, job.questions, job.out_dir, anew=is_new))
-            await anyio.to_thread.run_sync(keep_search, job.search, job.out_dir)
-            await anyio.to_thread.run_sync(keep_config, config, job.out_dir)
+            await anyio.to_thread.run_sync(keep)
             async with control.serving(service):
                 with control.holding(engine.pause), watch.holding(control.wait_for_service):
                     yield Session(job, order, service, engine, control, emit)
 
 
-def _opened_engine(job: TrainingJob, service: Service, emit: Emit) -> AbstractAsyncContextManager[RolloutEngine]:
-    spec = WorkerSpec(
-        job.format_name,
-        service.model_name,
-        service.tokenizer.name_or_path,
-        job.limits,
-        renderer_name=job.renderer_name,
-        thinking=job.thinking,
-        instructions=job.instructions,
-        first_turn=job.sampling.first_turn,
-    )
-    return open_engine(
-        spec,
-        service.tokenizer,
-        search=job.search.for_cleaned,
-        sampling=job.sampling,
-        reward=job.reward,
-        group_size=job.learning.group_size,
-        max_failed_fraction=job.learning.max_failed_fraction,
-        emit=emit,
-        search_metrics=lambda: job.search.statistics.metrics(),
-    )
-
-
-def _started(
-    job: TrainingJob,
-    identity: Mapping[str, Any],
-    order: QuestionOrder,
-    point: ResumePoint | None,
-    model_name: str,
-) -> RunStarted:
+def _started(job: TrainingJob, identity: Mapping[str, Any], point: ResumePoint | None, model_name: str) -> RunStarted:
     embedded = is_embedded(job.service)
     return RunStarted(
         "train",
         model_name,
         is_embedded=embedded,
         is_tinker=not embedded and is_tinker_cloud(job.service),
-        embedder=job.search.embedder.name,
+        embedder=job.search.embedder_name,
         out_dir=str(job.out_dir),
         step=point.step if point else 0,
-        total_steps=job.total_steps(order),
+        total_steps=job.shape.total_steps,
         group_size=job.learning.group_size,
         groups_per_batch=job.learning.groups_per_batch,
         settings=identity,
-        price=job.price,
+        price=job.config.cost.price,
         used=point.tokens if point else TokenUsage(),
         spent=point.dollars if point else 0.0,
     )
@@ -288,8 +234,6 @@ class _Phases:
         self._session, self._recorder = session, recorder
         self._job, self._service, self._engine = session.job, session.service, session.engine
         self._control, self._emit = session.control, session.emit
-        self._spending = recorder.spending
-        self._spending.count(session.engine.usage)
         self._measuring = Measuring(session, recorder)
         self._loss: LossName | None = None
         self._exits = ExitStack()
@@ -298,6 +242,7 @@ class _Phases:
     async def run(self) -> TrainingResult:
         """Runs the session and saves its cost however it ends."""
         self._recorder.emit_estimate()
+        self._recorder.spending.count(self._engine.usage)
         try:
             with self._exits:
                 reason = await self._run()
@@ -305,37 +250,44 @@ class _Phases:
             await self._recorder.save_spending()
         return await self._recorder.result(reason)
 
-    async def _run(self) -> str:
-        job, control, recorder = self._job, self._control, self._recorder
-        measure, reason, is_whole = self._measuring.measure, "stopped", False
+    async def _run(self) -> EndReason:
+        job, control, recorder, measure = self._job, self._control, self._recorder, self._measuring.measure
+        reason: EndReason = "stopped"
         with control.interruptible():
             client = await self._restore_or_create()
+            pipeline = job.config.pipeline
             self._loss = await choose_loss(
-                *(self._service, client, job.learning, job.pipeline), point=recorder.point, emit=self._emit
+                self._service, client, job.learning, pipeline, point=recorder.point, emit=self._emit
             )
             learner = await self._learner(client)
             newest = NewestWeights(await self._first_policy(learner))
-            answers = LiveAnswers(self._service, self._engine.dialect, job.search, job.limits, newest, self._emit)
-            self._spending.count(lambda: answers.usage)
-            with control.answering(answers):
+            with self._answering(newest):
                 if recorder.point is None:
                     await measure(UNTRAINED if job.start is None else AT_START, newest.current)
                 if recorder.point is None or recorder.point.warm_up is not None:
-                    await self._warm_up(learner)
-                    newest.current = TinkerPolicy(await learner.published(), 0, job.sampling)
-                if job.warm_up is not None and recorder.point is not None and recorder.point.step == 0:
+                    await self._prepare(learner)
+                    newest.current = TinkerPolicy(await learner.published(), 0, job.config.sampling)
+                if job.config.warm_up is not None and recorder.point is not None and recorder.point.step == 0:
                     await measure(AFTER_WARM_UP, newest.current)
-                reason = await TrainingLoop(self._session, learner, newest, recorder, self._measuring).run()
+                ended = await TrainingLoop(self._session, learner, newest, recorder, self._measuring).run()
                 if not control.stop_requested:
                     await measure(AFTER_RL, newest.current)
-                    is_whole = True
-        if control.stop_requested and not is_whole:
-            reason = "stopped"
+                    reason = ended
         if control.stop_requested:
             self._emit(Notice("stopped: every finished step is kept, resume=True continues from the last"))
         with control.ending_with(lambda: None):  # a stop from here on changes nothing
             await self._keep_last()
         return reason
+
+    @contextmanager
+    def _answering(self, newest: NewestWeights) -> Iterator[None]:
+        """The run answers questions during the block, with its newest weights; they belong to its cost."""
+        answers = LiveAnswers(
+            self._service, self._engine.dialect, self._job.search, self._job.config.episode.limits, newest, self._emit
+        )
+        self._recorder.spending.count(lambda: answers.usage)
+        with self._control.answering(answers):
+            yield
 
     async def _restore_or_create(self) -> tinker.TrainingClient:
         point, rank = self._recorder.point, self._job.learning.lora_rank
@@ -345,9 +297,12 @@ class _Phases:
                 self._emit(Notice(f"resuming after step {point.step} ({point.next_place} questions consumed)"))
             return await self._service.restore_training_client(point.state_path)
         await self._recorder.start_over()
-        if self._job.start is None:
+        start = self._job.start
+        if start is None:
             return await self._service.create_training_client(rank=rank, seed=self._job.learning.seed)
-        client, self._recorder.started_from = await open_start(self._job.start, self._service, rank, self._emit)
+        if start.state is None and start.adapter is None:  # of a failed start, whose own state does not fit any more
+            start = find_start(start.name, self._job.service, self._job.out_dir)
+        client, self._recorder.started_from = await open_start(start, self._service, rank, self._emit)
         return client
 
     async def _learner(self, client: tinker.TrainingClient) -> Learner:
@@ -357,64 +312,59 @@ class _Phases:
             learning,
             self._emit,
             loss=self._loss,
-            weights_in_flight=self._job.pipeline.weights_in_flight,
+            weights_in_flight=self._job.config.pipeline.weights_in_flight,
             base=await self._service.create_sampling_client() if learning.kl_coefficient else None,
         )
-        self._spending.count(lambda: learner.usage)
+        self._recorder.spending.count(lambda: learner.usage)
         self._exits.enter_context(self._control.holding(learner.pause))
         return learner
 
     async def _first_policy(self, learner: Learner) -> TinkerPolicy:
         """The session's first weights: the base model's, those of ``start_from``, or the resume point's."""
-        point = self._recorder.point
+        point, sampling = self._recorder.point, self._job.config.sampling
         if point is None and self._job.start is None:
-            return TinkerPolicy(await self._service.create_sampling_client(), 0, self._job.sampling)
-        return TinkerPolicy(await learner.published(), point.step if point else 0, self._job.sampling)
+            return TinkerPolicy(await self._service.create_sampling_client(), 0, sampling)
+        return TinkerPolicy(await learner.published(), point.step if point else 0, sampling)
 
-    async def _warm_up(self, learner: Learner) -> None:
-        """The supervised warm-up, if any; saves the resume point from which reinforcement learning starts."""
-        job, recorder = self._job, self._recorder
+    async def _prepare(self, learner: Learner) -> None:
+        """The warm-up, if any; saves the resume point from which reinforcement learning starts."""
+        warm_up = self._job.config.warm_up
+        if warm_up is not None:
+            await self._warm_up(learner, warm_up)
+        saved = await learner.save("start", keep=warm_up is not None)
+        await self._recorder.save_start(saved.state_path, learner.loss, sampler_path=saved.sampler_path)
 
-        async def save(place: WarmUpPlace) -> None:
-            # A new name, since the previous state is valid until then. Saved so that the evaluation of the untrained model counts.
-            path = await learner.save_state(f"warm-up-{place.step:04d}")
-            point = replace(recorder.point_at_start(path, learner.loss), warm_up=place)
-            await recorder.save(point, deletes_old=True)
-
-        if job.warm_up is not None:
-            batches, place = await self._warm_up_batches(job.warm_up), recorder.point and recorder.point.warm_up
-            if job.start is not None and not (place and place.step):
-                self._emit(Notice("the warm-up starts from the weights of start_from"))
-            rate, control = job.warm_up.learning_rate, self._control
-            await run_warm_up(learner, batches, place, save, learning_rate=rate, control=control, emit=self._emit)
-        total = self._session.total_steps
-        saved = await (await learner.finish_step(0, total, "start", keep=job.warm_up is not None)).finished()
-        point = replace(
-            recorder.point_at_start(saved.state_path, learner.loss),
-            sampler_path=saved.sampler_path,
-            sampler_step=0 if saved.sampler_path else None,
-            warm_up=None,
-        )
-        await recorder.save(point, deletes_old=True)
-        self._emit(CheckpointSaved(0, point.state_path))
-
-    async def _warm_up_batches(self, warm_up: WarmUp) -> list[list[Episode]]:
-        job, seed = self._job, self._job.learning.seed
-        tried = job.demonstrations or chosen_demonstrations(job.questions, warm_up, seed=seed)
-        episodes = await play_demonstrations(
-            tried,
+    async def _warm_up(self, learner: Learner, warm_up: WarmUp) -> None:
+        """Supervised steps on demonstrations, from where an earlier session stopped; the learning rate falls linearly to a tenth."""
+        job, recorder, began = self._job, self._recorder, anyio.current_time()
+        batches = await warm_up_batches(
+            job.demonstrations,
+            job.questions,
+            job.config,
             dialect=self._engine.dialect,
-            search=job.search.for_cleaned,
-            limits=job.limits,
-            max_failed_fraction=job.learning.max_failed_fraction,
-            max_in_flight=job.sampling.max_episodes_in_flight,
+            search=job.search.search,
+            emit=self._emit,
         )
-        if not episodes:
-            raise SearchR1Error(
-                f"none of {len(tried)} demonstrations found a golden answer: check that the corpus answers the questions"
-            )
-        self._emit(Notice(f"{len(episodes)} of {len(tried)} demonstrations found their answer and are trained on"))
-        return demonstration_batches(episodes, steps=warm_up.steps, batch_size=warm_up.batch_size, seed=seed)
+
+        async def save(done: int) -> None:
+            # A new name, since the previous state is valid until then.
+            saved = await learner.save(f"warm-up-{done:04d}", keep=False)
+            await recorder.save_start(saved.state_path, learner.loss, warm_up=done)
+
+        if recorder.point is None:
+            await save(0)  # so that the evaluation of the untrained model counts
+        first = (recorder.point and recorder.point.warm_up) or 0
+        self._emit(PhaseStarted("warm-up", len(batches), "steps"))
+        if first:
+            self._emit(Notice(f"the warm-up continues after step {first} of {len(batches)}"))
+            self._emit(PhaseAdvanced("warm-up", first))
+        for step, batch in enumerate(batches[first:], first):
+            await self._control.wait_while_paused()
+            rate = warm_up.learning_rate * (1 - 0.9 * step / len(batches))
+            loss = await learner.supervised_step(batch, rate)
+            await save(step + 1)
+            self._emit(PhaseAdvanced("warm-up", step + 1, {"loss": loss}))
+        self._emit(PhaseEnded("warm-up", anyio.current_time() - began))
 
     async def _keep_last(self) -> None:
         """Keeps the last weights permanently if the last step was no checkpoint."""
@@ -431,7 +381,7 @@ class _Phases:
         if path is None:
             # From the resume point: a stop within a step may have left the trainer's weights ahead of it. Its state is saved
             # again because that of a resume point expires.
-            client = await self._service.restore_training_client(state_path)
-            learner = await self._learner(client)
-            state_path, path = await learner.keep_weights(f"step-{point.step:06d}")
-        await self._recorder.save(replace(point, state_path=state_path, sampler_path=path, sampler_step=point.step))
+            learner = await self._learner(await self._service.restore_training_client(state_path))
+            saved = await learner.save(f"step-{point.step:06d}", keep=True)
+            state_path, path = saved.state_path, saved.sampler_path
+        await self._recorder.save(replace(point, state_path=state_path), path)

@@ -1,420 +1,246 @@
-"""Charts of a run as Altair objects, to adjust, concatenate, or save as PNG or SVG.
+"""Charts of a run as Altair objects, to adjust, concatenate, or save as PNG or SVG: :func:`draw`, which ``run.plot(kind)`` calls.
 
-``run.plot(kind)`` calls :func:`draw`; the other functions take data frames directly. Labels, bounds and formats are those of
-:data:`searchr1_async.records.metrics.METRICS`. Altair is imported on first use.
+The charts of outcomes are here, with their frames: reward and exact match by number of turns, and exact match by suite. Altair is
+imported on first use.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
+import gzip
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
 from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.boundary.signals import in_kernel
 from searchr1_async.errors import ConfigurationError
-from searchr1_async.records.metrics import CURVES, EXACT_MATCH, METRICS, OF_ALL, Metric, metric_of
+from searchr1_async.records.metrics import CURVES
 from searchr1_async.records.run_records import RunRecords
+from searchr1_async.records.statistics import Z_95, mean_interval, wilson_interval
 from searchr1_async.trackers.tracker import EVENTS_FILE, read_events
-from searchr1_async.watch.chart_parts import (
-    CALLS,
+from searchr1_async.watch.drawing import (
+    GREY,
     HEIGHT,
-    HELD_OUT,
-    MAX_ROWS,
+    NO_STEP,
+    NOTE_COLOUR,
     SEEN,
-    SERIES,
     TRAINING,
-    TURNS,
     WIDTH,
+    axis,
     empty_chart,
     enable_renderer,
     heading,
     legend,
-    plain_text,
-    steps_axis,
+    live_chart,
+    plot_learning,
+    plot_metric,
+    small_png,
     table,
     thinned,
+    tooltips,
     values_axis,
 )
-from searchr1_async.watch.outcome_charts import evaluation_scores, overall, plot_reward_by_turns, plot_suites
-from searchr1_async.watch.timeline import plot_timeline, timeline_of
+from searchr1_async.watch.markup import shown
+from searchr1_async.watch.state import ALL_SUITES
+from searchr1_async.watch.timeline import plot_timeline
 
 if TYPE_CHECKING:
     import altair as alt
 
     Chart = alt.Chart | alt.LayerChart | alt.ConcatChart | alt.VConcatChart
 
-__all__ = [
-    "draw",
-    "enable_renderer",
-    "evaluation_scores",
-    "plot_learning",
-    "plot_metric",
-    "plot_reward_by_turns",
-    "plot_suites",
-    "plot_timeline",
-    "timeline_of",
-]
-
-_COLOURS = dict(zip((curve.column for curve in CURVES), (SEEN, TRAINING, TURNS, CALLS), strict=True))
-_NO_STEP = "No step has finished yet: nothing to draw."
-_NAMES = ("reward", "exact_match", "turns", "valid_calls", "searches", "answer_in_passage", "staleness")
-"""Metrics named in messages; every other one is accepted too."""
+MAX_EVALUATIONS = 8
+"""Maximum evaluations drawn per suite; of more, the first, the last and an even selection between them."""
 
 
-def draw(run: RunRecords | Path | str, kind: str | Sequence[str] = "learning", **options: Any) -> Chart:
+def draw(run: RunRecords | Path | str, kind: str = "learning", *, step: int | None = None) -> Chart:
     """A chart of a running or finished run as an Altair object: adjust it, concatenate it (``a | b``), or save it with
     ``chart.save("chart.png")`` or ``.svg``. Without data it is a chart that says so.
 
     Args:
         run: its records or its folder.
-        kind: ``learning`` (reward, exact match, turns, valid calls), ``timeline`` (``step=…``), ``reward_by_turns``,
-            ``reward_by_searches``, ``suites``; or one or more metrics (``reward``, ``exact_match``, ``turns``, ``valid_calls``, any
-            column of ``run.metrics``).
-        options: of the chart's function in :mod:`searchr1_async.watch.charts`: ``title``, ``width``, ``height``, ``smooth``,
-            ``step``, ``first_step``, ``last_step``. ``evaluations=None`` omits the evaluations.
+        kind: ``learning`` (reward, exact match, turns, valid calls), ``timeline``, ``reward_by_turns``, ``suites``; or a metric
+            (``reward``, ``exact_match``, ``turns``, ``valid_calls``, any column of ``run.metrics``).
+        step: of the timeline, counted from 1; None for the last step with published weights.
 
     Raises:
-        ConfigurationError: an unknown kind or metric, or an unsupported option.
+        ConfigurationError: an unknown kind or metric.
     """
     records = run if isinstance(run, RunRecords) else RunRecords(absolute_path(run, "run"))
     if in_kernel():
         enable_renderer()
-    if isinstance(kind, str) and (drawn := _KINDS.get(kind)) is not None:
-        return _called(kind, drawn, records, options)
+    if (drawn := _KINDS.get(kind)) is not None:
+        return drawn(records, step)
     metrics = records.metrics()
-    names = [kind] if isinstance(kind, str) else list(kind)
-    if not names:
-        raise ConfigurationError(f"no metric to draw: choose from {', '.join(_NAMES)}, or a column of run.metrics")
-    for name in names:
-        _check(name, metrics.columns if metrics.height else None, is_only=isinstance(kind, str))
-    if not metrics.height and None in map(_named_in_table, names):
-        # Before the first step it is unknown which columns there will be.
-        return empty_chart(_NO_STEP, title=options.get("title") or ", ".join(names))
-    return _called(", ".join(names), lambda own, **rest: _metric(own, metrics, names, **rest), records, options)
-
-
-def _check(name: str, columns: Sequence[str] | None, *, is_only: bool) -> None:
-    """Refuse a name that is neither kind nor metric. ``columns``: None before the first step, when the columns are unknown."""
-    if _named_in_table(name) or (columns is None and not (is_only and "/" not in name)):
-        return
-    near = difflib.get_close_matches(name, [*_KINDS, *_NAMES], n=1, cutoff=0.6)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    if columns is None:
-        raise ConfigurationError(
-            f"there is no chart {name!r}. Kinds: {', '.join(_KINDS)}; metrics: {', '.join(_NAMES)}, and, after the first step, "
-            f"every column of run.metrics.{hint}"
-        )
+    if not metrics.height and "/" in kind:  # before the first step it is unknown which columns there will be
+        return empty_chart(NO_STEP, title=kind)
     try:
-        metric_named(name, columns)
+        return plot_metric(metrics, kind, evaluations=evaluation_scores(records.evaluations()))
     except ConfigurationError as error:
-        raise ConfigurationError(f"{error} Chart kinds: {', '.join(_KINDS)}.{hint}") from None
+        raise ConfigurationError(f"{error}. Kinds of charts: {', '.join(_KINDS)}") from None
 
 
-def _called(kind: str, function: Callable[..., Any], records: RunRecords, options: dict[str, Any]) -> Chart:
-    try:
-        return function(records, **options)
-    except TypeError as error:
-        if "keyword argument" not in str(error):
-            raise
-        raise ConfigurationError(f"{kind}: {str(error).partition(') ')[2] or str(error)}") from error
-
-
-def _scores(records: RunRecords, options: dict[str, Any]) -> dict[str, Any]:
-    if "evaluations" not in options:
-        options["evaluations"] = evaluation_scores(records.evaluations())
-    return options
-
-
-def _metric(records: RunRecords, metrics: pl.DataFrame, names: Sequence[str], **options: Any) -> Chart:
-    is_evaluated = any(metric_of(name) is EXACT_MATCH for name in names)
-    return plot_metric(metrics, names, **(_scores(records, options) if is_evaluated else options))
-
-
-def _learning(records: RunRecords, **options: Any) -> Chart:
-    return plot_learning(records.metrics(), **_scores(records, options))
-
-
-def _timeline(records: RunRecords, **options: Any) -> Chart:
-    return plot_timeline(read_events(records.folder / EVENTS_FILE), **options)
-
-
-def _suites(records: RunRecords, **options: Any) -> Chart:
-    return plot_suites(evaluation_scores(records.evaluations()), **options)
-
-
-_KINDS: dict[str, Callable[..., Chart]] = {
-    "learning": _learning,
-    "timeline": _timeline,
-    "reward_by_turns": lambda records, **options: plot_reward_by_turns(records.episodes(), **options),
-    "reward_by_searches": lambda records, **options: plot_reward_by_turns(
-        records.episodes(), **{"by": "searches", **options}
-    ),
-    "suites": _suites,
+_KINDS: dict[str, Callable[[RunRecords, int | None], Chart]] = {
+    "learning": lambda run, step: plot_learning(run.metrics(), evaluations=evaluation_scores(run.evaluations())),
+    "timeline": lambda run, step: plot_timeline(read_events(run.folder / EVENTS_FILE), step),
+    "reward_by_turns": lambda run, step: plot_reward_by_turns(run.episodes()),
+    "suites": lambda run, step: plot_suites(evaluation_scores(run.evaluations())),
 }
 
 
-def plot_metric(
-    metrics: pl.DataFrame,
-    names: str | Sequence[str],
+def plot_reward_by_turns(episodes: pl.LazyFrame) -> alt.VConcatChart | alt.Chart:
+    """Mean reward and exact match of training episodes by number of turns, with 95 % intervals, above the episode counts.
+
+    Args:
+        episodes: as from ``run.episodes()``.
+    """
+    import altair as alt
+
+    frame = reward_by_turns(episodes)
+    title = "reward and exact match by turns"
+    if not frame.height:
+        return empty_chart("No finished step has episodes yet: nothing to draw.", title=title)
+    of_reward = frame.filter(pl.col("what") == "reward")
+    scale = alt.Scale(domain=["reward", "exact match"], range=[SEEN, TRAINING])
+    x = alt.X("n:O", axis=axis("turns in the episode", grid=False, labelAngle=0))
+    numbers = ("mean|mean|.3f", "low|95 % from|.3f", "high|to|.3f", "episodes|episodes|,d")
+    base = alt.Chart(frame).encode(x=x, xOffset="what:N", color=alt.Color("what:N", scale=scale, legend=legend()))
+    means = base.encode(y=alt.Y("mean:Q", axis=values_axis("mean", format="~g")))
+    upper = alt.layer(
+        base.mark_rule(strokeWidth=1.6).encode(y=alt.Y("low:Q"), y2="high:Q"),
+        means.mark_circle(size=70, opacity=1).encode(tooltip=tooltips("what:N|what", "n|turns", *numbers)),
+    ).properties(width=WIDTH, height=HEIGHT, title=heading(title, f"{of_reward['episodes'].sum():,} episodes"))
+    counts = alt.Chart(of_reward).mark_bar(color=GREY, opacity=0.6)
+    lower = counts.encode(
+        x=x,
+        y=alt.Y("episodes:Q", axis=values_axis("episodes", tickCount=3, format="~s")),
+        tooltip=tooltips("n|turns", "episodes||,d"),
+    ).properties(width=WIDTH, height=60)
+    return alt.vconcat(upper, lower, spacing=8).resolve_scale(color="independent")
+
+
+def plot_suites(
+    evaluations: pl.DataFrame,
     *,
-    evaluations: pl.DataFrame | None = None,
-    smooth: bool = True,
-    title: str | None = None,
-    width: int = WIDTH,
-    height: int = HEIGHT,
+    title: str = "exact match by suite",
+    subtitle: Sequence[str] = ("lines: 95 % intervals",),
 ) -> alt.LayerChart | alt.Chart:
-    """One or several metrics by step.
+    """Bars per suite, one for each of a run's evaluations in order, with 95 % intervals.
 
     Args:
-        metrics: one row per step, as from ``run.metrics``.
-        names: ``reward``, ``exact_match``, ``turns``, ``valid_calls``, or any other metric of the table or column, with or
-            without ``env/all/``. Several share one panel.
-        evaluations: as from :func:`evaluation_scores`; drawn with exact match. None omits them.
-        smooth: draw the trend (a local mean over a twentieth of the run) with a band of one local standard deviation; otherwise
-            points are joined.
-        title: None uses the metric's name.
-        width: of the panel, in pixels.
-        height: of the panel, in pixels.
-
-    Raises:
-        ConfigurationError: no such metric; suggests close matches.
+        evaluations: as from :func:`evaluation_scores`.
+        subtitle: lines below the title.
     """
-    wanted = [names] if isinstance(names, str) else list(dict.fromkeys(names))
-    found = [metric_named(name, metrics.columns) for name in wanted]
-    shown = overall(evaluations) if evaluations is not None and EXACT_MATCH in found else None
-    text = title if title is not None else ", ".join(metric.heading for metric in found)
-    rows = [metric_rows(metrics, metric) for metric in found]
-    if not any(frame.height for frame in rows) and (shown is None or not shown.height):
-        reason = f"No finished step has this metric ({', '.join(metric.column for metric in found)})."
-        return empty_chart(reason if metrics.height else _NO_STEP, title=text)
-    colours = _colours(found)
-    panel = _panel(found, rows, colours, shown, smooth)
-    return panel.properties(width=width, height=height, title=heading(text, _legend_text(rows, shown, smooth)))
-
-
-def plot_learning(
-    metrics: pl.DataFrame,
-    *,
-    evaluations: pl.DataFrame | None = None,
-    smooth: bool = True,
-    title: str = "",
-    width: int = 230,
-    height: int = 150,
-) -> alt.ConcatChart | alt.Chart:
-    """Reward, exact match, turns per episode and valid calls, one panel each; arguments as in :func:`plot_metric`, with
-    ``width`` and ``height`` per panel."""
     import altair as alt
 
-    if not metrics.height and (evaluations is None or not evaluations.height):
-        return empty_chart(_NO_STEP, title=title)
-    panels = []
-    for metric in CURVES:
-        shown = overall(evaluations) if evaluations is not None and metric is EXACT_MATCH else None
-        rows = metric_rows(metrics, metric)
-        if rows.height or (shown is not None and shown.height):
-            panel = _panel(
-                [metric], [rows], [_COLOURS[metric.column]], shown, smooth, most=MAX_ROWS // 4, has_title=False
-            )
-            panels.append(panel.properties(width=width, height=height, title=heading(metric.heading)))
-        else:
-            panels.append(empty_chart("No value yet.", title=metric.heading).properties(width=width, height=height))
-    grid = alt.concat(*panels, columns=2, spacing={"row": 16, "column": 20})
-    return grid.properties(title=heading(title)) if title else grid
-
-
-def _colours(metrics: Sequence[Metric]) -> list[str]:
-    """Each metric's own colour, else the next unused one."""
-    own = [_COLOURS.get(metric.column) for metric in metrics]
-    free = [colour for colour in SERIES if colour not in own] or list(SERIES)
-    taken = iter(free * len(metrics))
-    return [colour or next(taken) for colour in own]
-
-
-def _panel(
-    found: Sequence[Metric],
-    rows: Sequence[pl.DataFrame],
-    colours: Sequence[str],
-    evaluations: pl.DataFrame | None,
-    smooth: bool,
-    *,
-    most: int = MAX_ROWS,
-    has_title: bool = True,
-) -> alt.LayerChart:
-    import altair as alt
-
-    labels = [plain_text(metric.heading, 60) for metric in found]
-    each = max(2, most // len(found))
-    frame = pl.concat(
-        [
-            thinned(own, each).with_columns(metric=pl.lit(label, dtype=pl.String))
-            for own, label in zip(rows, labels, strict=True)
-        ]
+    if not evaluations.height:
+        return empty_chart(
+            "No evaluation has been made yet: pass held_out questions, or wait for the first evaluation.", title=title
+        )
+    chosen = thinned(evaluations.select("order").unique().sort("order"), MAX_EVALUATIONS)
+    label = pl.concat_str(pl.col("order") + 1, pl.lit(". "), pl.col("label").map_elements(_name, pl.String))
+    suite = pl.col("suite").map_elements(_name, pl.String)
+    rows = evaluations.join(chosen, on="order", how="semi").with_columns(label=label, suite=suite)
+    suites = sorted(rows["suite"].unique(), key=lambda name: (name != ALL_SUITES, name))
+    labels = rows["label"].unique(maintain_order=True).to_list()
+    # From pale to full in the order of the evaluations.
+    shades = alt.Scale(domain=labels, scheme=alt.SchemeParams(name="blues", extent=[0.35, 0.9]))
+    names_axis = axis(None, grid=False, labelOverlap=False, labelLimit=120, labelAngle=0 if len(suites) < 6 else -30)
+    base = alt.Chart(rows).encode(
+        x=alt.X("suite:N", sort=suites, axis=names_axis, scale=alt.Scale(paddingInner=0.25, paddingOuter=0.1)),
+        xOffset=alt.XOffset("label:N", sort=labels, scale=alt.Scale(paddingInner=0.12)),
+        color=alt.Color("label:N", scale=shades, legend=legend(columns=3)),
     )
-    y_title = labels[0] if has_title and len(found) == 1 else None
-    each_shown = frame.height // len(found)
-    is_share = all(metric.is_share for metric in found)
-    number = ".1%" if is_share else ",.4~g"
-    evaluated = evaluations.height if evaluations is not None else 0
-    last = max([float(frame["step"].max() or 0) if frame.height else 0.0, 1.0])  # type: ignore[arg-type]
-    scale = alt.Scale(domain=[0 if evaluated else min(1.0, last - 1), last], nice=False, padding=6)
-    x = alt.X("step:Q", axis=steps_axis(tickCount=min(8, int(last))), scale=scale)
-    # A fixed value, not a scale: concatenated charts would share a scale.
-    colour: Any = alt.value(colours[0])
-    if len(found) > 1:
-        colour = alt.Color("metric:N", scale=alt.Scale(domain=labels, range=list(colours)), legend=legend())
-    y_axis = values_axis(y_title, format=".0%" if is_share else "~g")
-    base = alt.Chart(_rounded(frame))
-    y = alt.Y("value:Q", axis=y_axis, scale=alt.Scale(zero=is_share, nice=True))
-    layers: list[alt.Chart] = []
-    if smooth and frame.height > 2 * len(found):
-        layers.append(base.mark_area(opacity=0.15).encode(x=x, y=alt.Y("low:Q"), y2="high:Q", color=colour))
-    tooltips = [
-        alt.Tooltip("metric:N", title="metric"),
-        alt.Tooltip("step:Q", title="step", format=",d"),
-        alt.Tooltip("value:Q", title="this step", format=number),
-        *([alt.Tooltip("smooth:Q", title="trend", format=number)] if smooth else []),
-    ]
-    layers += [
-        base.mark_circle(size=_dot(each_shown), opacity=0.4 if each_shown < 150 else 0.25).encode(
-            x=x, y=y, color=colour, tooltip=tooltips
-        ),
-        base.mark_line(strokeWidth=2.2).encode(x=x, y=alt.Y("smooth:Q" if smooth else "value:Q"), color=colour),
-    ]
-    if evaluations is not None and evaluated:
-        layers += _evaluation_layers(evaluations, last, x)
-    return cast("alt.LayerChart", alt.layer(*layers))
+    y = alt.Y("mean:Q", axis=values_axis("exact match", format=".0%"), scale=alt.Scale(zero=True, nice=True))
+    numbers = ("mean|exact match|.1%", "low|95 % from|.1%", "high|to|.1%")
+    layers = (
+        base.mark_bar(opacity=0.9).encode(y=y, tooltip=tooltips("label:N|evaluation", "suite:N|suite", *numbers)),
+        # In the bar's colour, the lower half of the interval would be invisible.
+        base.mark_rule(strokeWidth=1.4).encode(y=alt.Y("low:Q"), y2="high:Q", color=alt.value(NOTE_COLOUR)),
+    )
+    chart = cast("alt.LayerChart", alt.layer(*layers))
+    return chart.properties(width=WIDTH, height=HEIGHT, title=heading(title, subtitle))
 
 
-def _evaluation_layers(evaluations: pl.DataFrame, last: float, x: alt.X) -> list[alt.Chart]:
-    import altair as alt
-
-    places = [last if step is None else min(float(step), last) for step in evaluations["step"]]
-    rows = [
-        {"step": place, "label": plain_text(row["label"], 60)}
-        | {name: row[name] for name in ("mean", "low", "high", "questions")}
-        for place, row in zip(_spread_out(places, last / 60), evaluations.iter_rows(named=True), strict=True)
-    ]
-    base = alt.Chart(table(rows))
-    tooltips = [
-        alt.Tooltip("label:N", title="evaluation"),
-        alt.Tooltip("mean:Q", title="exact match", format=".1%"),
-        alt.Tooltip("low:Q", title="95 % from", format=".1%"),
-        alt.Tooltip("high:Q", title="to", format=".1%"),
-        alt.Tooltip("questions:Q", title="questions"),
-    ]
-    return [
-        base.mark_rule(color=HELD_OUT, strokeWidth=1.5, opacity=0.8).encode(x=x, y=alt.Y("low:Q"), y2="high:Q"),
-        base.mark_point(shape="diamond", filled=True, size=75, color=HELD_OUT, opacity=1).encode(
-            x=x, y=alt.Y("mean:Q"), tooltip=tooltips
-        ),
-    ]
+def _name(text: str) -> str:
+    return shown(text, 40)
 
 
-def _spread_out(places: Sequence[float], gap: float) -> list[float]:
-    """Separate evaluations of the same step (untrained, after the warm-up), inwards from the chart's ends."""
-    out: list[float] = []
-    for index, place in enumerate(places):
-        before, after = places[:index].count(place), places[index + 1 :].count(place)
-        out.append(place - after * gap if place > max(places) / 2 else place + before * gap)
-    return out
+def evaluation_scores(evaluations: pl.LazyFrame) -> pl.DataFrame:
+    """One row per evaluation and suite, and one for all suites: ``order``, ``label``, ``step``, ``suite``, ``mean``, ``low`` and
+    ``high`` (95 %) of exact match.
 
-
-def _dot(count: int) -> int:
-    """Area of a point in square pixels; smaller for many points, so that the trend stays visible."""
-    return 26 if count < 60 else 16 if count < 400 else 8
-
-
-def _rounded(frame: pl.DataFrame) -> pl.DataFrame:
-    """Five significant digits, which halves the notebook's size."""
-    return frame.with_columns(pl.col("value", "smooth", "low", "high").round_sig_figs(5))
-
-
-def _legend_text(rows: Sequence[pl.DataFrame], evaluations: pl.DataFrame | None, smooth: bool) -> list[str]:
-    words = []
-    if any(frame.height for frame in rows):
-        words.append("points: single steps" + ("; line and band: trend ± 1 standard deviation" if smooth else ""))
-    if evaluations is not None and evaluations.height:
-        words.append("diamonds: exact match of held-out questions, 95 % intervals")
-    return words
-
-
-def metric_named(name: str, columns: Sequence[str]) -> Metric:
-    """The metric called ``name``: one of the table, even if its column is not there yet, or a present column.
-
-    Raises:
-        ConfigurationError: no such metric; suggests close matches.
-    """
-    if known := _named_in_table(name):
-        return known
-    for column in (name, OF_ALL + name):
-        if column in columns and column != "step":
-            template = metric_of(column) or METRICS[f"{OF_ALL}<reward part>"]
-            return dataclasses.replace(template, column=column, label=column.removeprefix(OF_ALL), unit="")
-    raise ConfigurationError(f"there is no metric {name!r}. {_near(name, columns)}")
-
-
-def _named_in_table(name: str) -> Metric | None:
-    """The table's metric of this name; None too for one that a pattern such as ``stop/<reason>`` stands for."""
-    known = metric_of(name)
-    return None if known is None or "<" in known.column else known
-
-
-def _near(name: str, columns: Iterable[str]) -> str:
-    names = [*_NAMES, *(column.removeprefix(OF_ALL) for column in columns if column != "step")]
-    near = difflib.get_close_matches(name, names, n=4, cutoff=0.5)
-    near += [other for other in names if name.lower() in other.lower() and other not in near][: 4 - len(near)]
-    known = f"Short names: {', '.join(_NAMES)}; or any column of run.metrics."
-    return f"Close matches: {', '.join(near)}. {known}" if near else known
-
-
-def metric_rows(metrics: pl.DataFrame, metric: Metric) -> pl.DataFrame:
-    """Columns ``step``, ``value``, ``smooth`` (local mean), ``low`` and ``high`` (plus or minus one local standard deviation),
-    where the metric is finite."""
-    schema = pl.Schema({name: pl.Float64() for name in ("step", "value", "smooth", "low", "high")})
-    if metric.column not in metrics.columns or "step" not in metrics.columns:
-        return pl.DataFrame(schema=schema)
-    frame = metrics.select(step=pl.col("step").cast(pl.Float64), value=pl.col(metric.column).cast(pl.Float64))
-    frame = frame.filter(pl.col("value").is_finite()).sort("step")
-    mean_n, spread_n = smoothed(frame["value"].to_numpy())
-    low = -math.inf if metric.low is None else metric.low
-    high = math.inf if metric.high is None else metric.high
-    low_n, high_n = (mean_n - spread_n).clip(low, high), (mean_n + spread_n).clip(low, high)
-    return frame.with_columns(
-        smooth=pl.Series(mean_n, dtype=pl.Float64), low=pl.Series(low_n, dtype=pl.Float64),
-        high=pl.Series(high_n, dtype=pl.Float64),
-    )  # fmt: skip
-
-
-def smoothed(values_n: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Local mean and standard deviation with Gaussian weights, about a twentieth of the series wide.
-
-    Weights are normalised over existing points, so the ends are unbiased.
+    Computed as in :class:`searchr1_async.runs.evaluation.Evaluation`: mean over questions of each question's sample mean, with
+    Wilson's interval on the effective number of questions.
 
     Args:
-        values_n: shape ``[steps]``, finite.
-
-    Returns:
-        mean and standard deviation, both of shape ``[steps]``.
+        evaluations: episodes, as from :meth:`searchr1_async.records.run_records.RunRecords.evaluations`.
     """
-    count = len(values_n)
-    if not count:
-        return values_n, values_n
-    width = max(1.0, count / 20)
-    reach = math.ceil(4 * width)
-    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
+    score = pl.col("correct").filter(pl.col("stop_reason") != "failed").fill_null(0.0).mean()
+    asked = evaluations.group_by("label", "data_source", "question_id", "question", maintain_order=True)
+    questions = asked.agg(pl.col("step").first(), score=score).collect()
+    rows = []
+    for order, ((label,), own) in enumerate(questions.group_by("label", maintain_order=True)):
+        suites = [str(suite) for suite in own["data_source"].unique().sort()]
+        for suite in [ALL_SUITES, *suites] if len(suites) > 1 else suites:
+            of_suite = own if suite == ALL_SUITES else own.filter(pl.col("data_source") == suite)
+            scores = of_suite["score"].drop_nulls().to_list()
+            if scores:
+                mean, (low, high) = sum(scores) / len(scores), mean_interval(scores)
+                rows.append((order, label, own["step"][0], suite, mean, low, high))
+    schema = {"order": pl.Int64, "label": pl.String, "step": pl.Int64, "suite": pl.String}
+    numbers = dict.fromkeys(("mean", "low", "high"), pl.Float64)
+    return pl.DataFrame(rows, schema=schema | numbers, orient="row")
 
-    def summed(series_n: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.convolve(series_n, kernel)[reach : reach + count]
 
-    weight_n = summed(np.ones(count))
-    mean_n = summed(values_n) / weight_n
-    variance_n = summed(values_n**2) / weight_n - mean_n**2
-    return mean_n, np.sqrt(np.maximum(variance_n, 0.0))
+def reward_by_turns(episodes: pl.LazyFrame) -> pl.DataFrame:
+    """Training outcomes by number of turns.
+
+    Columns ``n``, ``what`` (``reward``, ``exact match``), ``mean``, ``low``, ``high`` (95 %: Wilson's for exact match, 1.96
+    standard errors for reward) and ``episodes``. Failed and cut episodes are excluded.
+    """
+    right = pl.col("correct").fill_null(0.0).clip(0.0, 1.0).sum()
+    grouped = (
+        episodes.filter(~pl.col("stop_reason").is_in(["failed", "time_limit"]))
+        .group_by(n="turn_count")
+        .agg(
+            pl.len().alias("episodes"),
+            mean=pl.col("reward").mean(),
+            error=pl.col("reward").std() / pl.len().sqrt(),
+            right=right,
+        )
+    )
+    rows = []
+    for n, episodes_n, mean, error, right_n in grouped.sort("n").collect().iter_rows():
+        margin = math.nan if error is None else Z_95 * error
+        rows.append((n, "reward", mean, mean - margin, mean + margin, episodes_n))
+        rows.append((n, "exact match", right_n / episodes_n, *wilson_interval(right_n, episodes_n), episodes_n))
+    schema = {"n": pl.Int64, "what": pl.String, "mean": pl.Float64, "low": pl.Float64, "high": pl.Float64}
+    return pl.DataFrame(rows, schema=schema | {"episodes": pl.Int64}, orient="row").fill_nan(None)
+
+
+def last_picture(
+    title: str, subtitle: Sequence[str], steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]
+) -> bytes:
+    """The last picture of a live view as PNG: the curves, or for work without steps the suites of its evaluations.
+
+    Args:
+        steps: rows of :class:`~searchr1_async.watch.state.RunState`, as are the evaluations.
+    """
+    scores = table(evaluations)
+    if not steps:
+        return small_png(plot_suites(scores, title=title, subtitle=subtitle).to_dict())
+    metrics = table(steps).rename({curve.name: curve.column for curve in CURVES})
+    return small_png(plot_learning(metrics, evaluations=scores, title=title, subtitle=subtitle).to_dict())
+
+
+def page_charts(steps: int) -> tuple[dict[str, Any], bytes]:
+    """The chart of a live view's page, as in :func:`~searchr1_async.watch.drawing.live_chart`, and Vega to draw it: a gzipped ES module
+    that exports ``vegaEmbed``."""
+    import vl_convert
+
+    vega = gzip.compress(vl_convert.javascript_bundle("export { vegaEmbed };").encode(), 6)
+    return live_chart(steps), vega

@@ -1,311 +1,329 @@
-"""Draws for the live view, in a subprocess: ``python drawing.py charts|vega|picture``, JSON in, bytes out.
+"""What all charts share (colours, axes, titles, display in a notebook), and curves of metrics over steps: the panels of ``run.plot``,
+of the live view and of its last picture are the same layers.
 
-Out-of-process because vl-convert holds the GIL throughout: a picture would block the event loop for 2 s even from a thread. This
-file imports nothing from the package, so the subprocess starts fast; :class:`Drawer` runs it.
-
-``charts`` takes ``curves``, ``window`` and ``from_zero`` and returns JSON: ``page``, a Vega-Lite chart per curve, and ``picture``,
-one chart of all curves. ``vega`` returns Vega as a gzipped ES module that exports ``vegaEmbed``. ``picture`` takes the data, and
-optionally an existing chart, and returns a PNG.
+Charts have no ``config``: Vega-Lite allows it only at the top level, so configured charts cannot be concatenated
+(``a.plot("reward") | b.plot("reward")``). Text and background colours are left to Vega-Lite and the notebook's theme.
 """
 
 from __future__ import annotations
 
-import gzip
+import base64
+import dataclasses
+import difflib
 import io
-import json
-import os
-import subprocess
-import sys
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from textwrap import wrap
+from typing import TYPE_CHECKING, Any, cast
 
-import anyio
+import polars as pl
 
-BLUE, RED, GREY = "#4c86d6", "#e0684b", "#8a93a1"
-"""Visible on white and on black, and distinguishable with the common forms of colour blindness."""
+from searchr1_async.errors import ConfigurationError
+from searchr1_async.records.metrics import CURVES, EXACT_MATCH, METRICS, OF_ALL, Metric, metric_of
+from searchr1_async.watch.markup import shown
 
-Curve = Mapping[str, Any]
-"""A curve's metric: ``name``, ``heading``, ``form`` (number format), ``is_share``, ``low``, ``high``, ``is_evaluated``."""
+if TYPE_CHECKING:
+    import altair as alt
 
-_SECRETS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIALS")
-PICTURE_WIDTH = 380
-"""Per column, of two; the picture is 900 wide with axes."""
+TRAINING, HELD_OUT, TURNS, CALLS, SEEN = "#3b6fb6", "#c4472f", "#2f8f6b", "#8a5fb0", "#c98a1b"
+GREY = "#6b7280"
+SERIES = (TRAINING, SEEN, TURNS, CALLS, GREY, HELD_OUT)
+"""Line colours in order, distinguishable with the common forms of colour blindness."""
+NOTE_COLOUR = "#808893"
+"""Annotations: readable on white (3.6:1) and on the dark theme's #333 (3.5:1)."""
+FAINT = "rgba(128, 136, 147, 0.4)"
+"""Background elements, on light and dark."""
+GRID_COLOUR = "#9aa1ab"
+MAX_ROWS = 5000
+"""Maximum data rows per chart, as notebooks save them."""
+WIDTH, HEIGHT = 460, 240
+"""Of one panel, in pixels."""
+RENDERER = "searchr1_async"
+VEGA_LITE_5 = "https://vega.github.io/schema/vega-lite/v5.json"
+MIME_TYPE = "application/vnd.vegalite.v5+json"
+"""Rendered offline by JupyterLab and VS Code; Altair's default loads scripts from a CDN."""
+NO_STEP = "No step has finished yet: nothing to draw."
+NAMES = ("reward", "exact_match", "turns", "valid_calls", "searches", "answer_in_passage", "staleness")
+"""Metrics named in messages; every other one is accepted too."""
+_COLOURS = dict(zip((curve.column for curve in CURVES), (SEEN, TRAINING, TURNS, CALLS), strict=True))
 
 
-def panel(curve: Curve, window: int, *, from_zero: bool, x_title: str = "step") -> Any:
-    """The chart of one curve, over the named data ``steps``, ``running`` and ``evaluations``.
+def axis(title: str | None = None, **options: Any) -> alt.Axis:
+    """An axis in the common style."""
+    import altair as alt
 
-    Args:
-        window: half-width in steps of the moving mean (line) and standard deviation (band).
-        from_zero: start the step axis at 0, where the untrained model's evaluation is.
+    style: dict[str, Any] = {"titleFontWeight": "normal", "gridColor": GRID_COLOUR, "gridOpacity": 0.3}
+    style |= {"domainColor": GRID_COLOUR, "tickColor": GRID_COLOUR, "labelOverlap": True, "title": title}
+    return alt.Axis(**(style | options))
+
+
+def values_axis(title: str | None = None, **options: Any) -> alt.Axis:
+    """A y axis of fixed width, so that stacked panels align."""
+    return axis(title, **{"minExtent": 34, "tickCount": 6} | options)
+
+
+def steps_axis() -> alt.Axis:
+    """An axis of integers."""
+    # A short axis gets ticks between them nevertheless, which would be labelled as the next integer.
+    whole = "datum.value == floor(datum.value) ? datum.label : ''"
+    return axis("optimizer step", grid=False, tickMinStep=1, tickCount=6, format=",d", labelExpr=whole)
+
+
+def legend(**options: Any) -> alt.Legend:
+    """A legend above the chart."""
+    import altair as alt
+
+    style: dict[str, Any] = {"title": None, "orient": "top", "labelLimit": 320, "symbolOpacity": 1}
+    return alt.Legend(**(style | options))
+
+
+def heading(text: str, subtitle: str | Sequence[str] = "") -> alt.TitleParams:
+    """A left-aligned title with explanatory lines below."""
+    import altair as alt
+
+    lines = [shown(line, 200) for line in ([subtitle] if isinstance(subtitle, str) else subtitle) if line]
+    below: dict[str, Any] = {"subtitle": lines, "subtitlePadding": 4} if lines else {}
+    return alt.TitleParams(shown(text, 200), anchor="start", offset=8, **below)
+
+
+def tooltips(*fields: str) -> list[alt.Tooltip]:
+    """Each field as ``name|title|format``; title and format may be missing. Names without a type are quantities."""
+    import altair as alt
+
+    out = []
+    for field in fields:
+        name, title, form = (field + "||").split("|")[:3]
+        options = {option: value for option, value in (("title", title), ("format", form)) if value}
+        out.append(alt.Tooltip(name if ":" in name else f"{name}:Q", **cast("Any", options)))
+    return out
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
+    """Rows as a data frame: Altair validates plain values one by one, which takes seconds for 5,000 rows."""
+    return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def thinned(frame: pl.DataFrame, most: int = MAX_ROWS) -> pl.DataFrame:
+    """At most ``most`` rows, evenly spaced, first and last included."""
+    if frame.height <= most:
+        return frame
+    return frame[[round(place * (frame.height - 1) / (most - 1)) for place in range(most)]]
+
+
+def empty_chart(text: str, *, title: str = "") -> alt.Chart:
+    """A chart with a text that says why it is empty."""
+    import altair as alt
+
+    lines = wrap(shown(text, 600), 66)
+    chart = alt.Chart(alt.Data(values=[{}])).mark_text(fontSize=13, color=NOTE_COLOUR, text=lines)
+    return chart.properties(width=WIDTH, height=120, **({"title": heading(title)} if title else {}))
+
+
+def enable_renderer() -> bool:
+    """Make notebooks display charts offline, and on GitHub; True if this renderer is now active.
+
+    Each output has the interactive chart for JupyterLab and VS Code and a PNG for everything else. Only Altair's ``default``
+    renderer is replaced; one chosen by the user is kept.
     """
     import altair as alt
 
-    name, known = curve["name"], f"isValid(datum[{curve['name']!r}])"
-    x = (
-        alt.X("step:Q")
-        .axis(format="d", tickMinStep=1, tickCount=6, title=x_title, titleFontWeight="normal", grid=False)
-        .scale(zero=from_zero, nice=False)
-    )
-    axis = alt.Axis(format=".0%" if curve["is_share"] else "~g", tickCount=5, title=None, minExtent=38)
-    scale = alt.Scale(zero=curve["is_share"], nice=True)
-    value = alt.Y(name, type="quantitative", axis=axis, scale=scale)
-    tip = [
-        alt.Tooltip("step:Q", format=".0f"),
-        alt.Tooltip(name, type="quantitative", format=curve["form"], title=curve["heading"]),
-    ]
-    points = alt.Chart(alt.NamedData(name="steps")).transform_filter(known)
-    moving: list[Any] = [{"op": "mean", "field": name, "as": "mean"}, {"op": "stdev", "field": name, "as": "spread"}]
-    smooth = points.transform_window(
-        window=moving, frame=[-window, window], sort=[alt.SortField("step")]
-    ).transform_calculate(
-        low=_bound("datum.mean - datum.spread", curve["low"], "max"),
-        high=_bound("datum.mean + datum.spread", curve["high"], "min"),
-    )
-    layers = [
-        smooth.mark_area(opacity=0.2, color=BLUE).encode(x=x, y=alt.Y("low:Q", axis=axis, scale=scale), y2="high:Q"),
-        points.mark_circle(opacity=0.5, size=14, color=BLUE).encode(x=x, y=value, tooltip=tip),
-        smooth.mark_line(color=BLUE, strokeWidth=2).encode(x=x, y=alt.Y("mean:Q", axis=axis, scale=scale)),
-        alt.Chart(alt.NamedData(name="running"))
-        .transform_filter(known)
-        .mark_point(color=BLUE, size=60, strokeWidth=1.5)
-        .encode(x=x, y=value, tooltip=tip),
-    ]
-    if curve["is_evaluated"]:
-        layers += _evaluations(x, axis, scale)
-    return alt.layer(*layers)
+    if RENDERER not in alt.renderers.names():
+        alt.renderers.register(RENDERER, mime_bundle)
+    if alt.renderers.active == "default":
+        alt.renderers.enable(RENDERER)
+    return alt.renderers.active == RENDERER
 
 
-def _bound(expression: str, limit: float | None, choose: str) -> str:
-    return expression if limit is None else f"{choose}({expression}, {limit})"
+def mime_bundle(spec: dict[str, Any], **metadata: Any) -> dict[str, Any]:
+    """Notebook output of a chart: Vega-Lite and PNG."""
+    bundle: dict[str, Any] = {MIME_TYPE: {**spec, "$schema": VEGA_LITE_5}, "text/plain": "a chart"}
+    try:
+        picture = small_png(spec)
+    except ValueError:  # the user's edits are invalid Vega-Lite: the notebook shows the error
+        return bundle
+    return bundle | {"image/png": base64.b64encode(picture).decode()}
 
 
-def _evaluations(x: Any, axis: Any, scale: Any) -> list[Any]:
-    import altair as alt
+def small_png(spec: Mapping[str, Any]) -> bytes:
+    """A chart as PNG at 2x, with at most 256 colours: less than half the size of 24-bit.
 
-    held_out = alt.Chart(alt.NamedData(name="evaluations"))
-    tip = ["label:N", *(alt.Tooltip(f"{name}:Q", format=".1%") for name in ("mean", "low", "high"))]
-    return [
-        held_out.mark_rule(color=RED, strokeWidth=1.5).encode(x=x, y=alt.Y("low:Q", axis=axis, scale=scale), y2="high:Q"),
-        held_out.mark_point(color=RED, fill=RED, shape="diamond", size=70, opacity=1).encode(
-            x=x, y=alt.Y("mean:Q", axis=axis, scale=scale), tooltip=tip
-        ),
-    ]  # fmt: skip
-
-
-def page_specs(curves: Sequence[Curve], window: int, *, from_zero: bool) -> dict[str, Any]:
-    """A Vega-Lite chart per curve, as wide as its container."""
-    specs = {
-        curve["name"]: panel(curve, window, from_zero=from_zero).properties(width="container", height=150).to_dict()
-        for curve in curves
-    }
-    for spec in specs.values():
-        spec.pop("config", None)
-        spec["autosize"] = {"type": "fit", "contains": "padding"}
-    return specs
-
-
-def picture_spec(curves: Sequence[Curve], window: int, *, from_zero: bool) -> dict[str, Any]:
-    """All curves as one picture; :func:`filled` adds title and data."""
-    import altair as alt
-
-    panels = [
-        panel(curve, window, from_zero=from_zero, x_title="optimiser step").properties(
-            width=PICTURE_WIDTH, height=170, title=alt.TitleParams(curve["heading"], anchor="start", fontSize=13)
-        )
-        for curve in curves
-    ]
-    return _framed(alt.concat(*panels, columns=2, spacing=22))
-
-
-def _framed(chart: Any) -> dict[str, Any]:
-    import altair as alt
-
-    title = alt.TitleParams(
-        "",
-        subtitle=[],
-        anchor="start",
-        fontSize=16,
-        offset=14,
-        subtitleFontSize=12,
-        subtitleColor="#4b5563",
-        subtitlePadding=4,
-    )
-    chart = chart.properties(title=title).configure(background="white", padding=12, font="sans-serif")
-    chart = chart.configure_view(stroke=None).configure_axis(
-        gridColor="#e5e7eb", domainColor=GREY, tickColor=GREY, labelFontSize=11
-    )
-    return chart.to_dict()
-
-
-def filled(spec: dict[str, Any], task: dict[str, Any]) -> dict[str, Any]:
-    """``spec`` with the task's ``title``, ``subtitle`` (lines), ``steps``, ``evaluations`` and ``suites``."""
-    title = spec["title"] | {"text": task["title"], "subtitle": task["subtitle"]}
-    rows = {name: task[name] for name in ("steps", "evaluations", "suites")} | {"running": []}
-    return spec | {"title": title, "datasets": rows}
-
-
-def suites_spec() -> dict[str, Any]:
-    """Bars of an evaluation's suites."""
-    import altair as alt
-
-    rows = alt.Chart(alt.NamedData(name="suites"))
-    y = alt.Y("suite:N", sort=None, title=None, axis=alt.Axis(labelLimit=260, ticks=False, domain=False))
-    scale = alt.Scale(domain=[0, 1])
-    share = alt.X("mean:Q", title="exact match", scale=scale, axis=alt.Axis(format=".0%"))
-    bars = rows.mark_bar(color=BLUE, height=16).encode(y=y, x=share)
-    intervals = rows.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=2, color=RED)
-    texts = rows.mark_text(align="left", dx=5, dy=-10, fontSize=11).encode(
-        y=y, x=share, text=alt.Text("mean:Q", format=".1%")
-    )
-    chart = alt.layer(bars, intervals.encode(y=y, x=alt.X("low:Q", scale=scale), x2="high:Q"), texts)
-    return _framed(chart.properties(width=620, height=alt.Step(34)))
-
-
-def vega() -> bytes:
-    """Vega, Vega-Lite and vega-embed as one gzipped ES module."""
+    Raises:
+        ValueError: the chart is invalid.
+    """
     import vl_convert
-
-    source = vl_convert.javascript_bundle("export { vegaEmbed };")
-    return gzip.compress(source.encode(), 6)
-
-
-def picture(task: dict[str, Any], scale: float = 2.0) -> bytes:
-    """The picture as PNG."""
-    import vl_convert
-
-    spec = task.get("spec") or (_curves_spec(task) if task["steps"] else suites_spec())
-    return fewer_colours(vl_convert.vegalite_to_png(filled(spec, task), scale=scale))
-
-
-def _curves_spec(task: dict[str, Any]) -> dict[str, Any]:
-    return picture_spec(task["curves"], task["window"], from_zero=task["from_zero"])
-
-
-def fewer_colours(png: bytes) -> bytes:
-    """The same PNG with at most 256 colours, less than half the size of 24-bit."""
     from PIL import Image
 
     out = io.BytesIO()
-    with Image.open(io.BytesIO(png)) as image:
+    with Image.open(io.BytesIO(vl_convert.vegalite_to_png(dict(spec), scale=2))) as image:
         image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
     return out.getvalue()
 
 
-class DrawingError(Exception):
-    """Drawing failed. The view logs it and continues without; it never reaches the run."""
+def plot_metric(
+    metrics: pl.DataFrame, name: str, *, evaluations: pl.DataFrame | None = None
+) -> alt.LayerChart | alt.Chart:
+    """A metric by step.
 
-
-@dataclass(frozen=True, slots=True)
-class Charts:
-    """What a page needs to draw its curves."""
-
-    page: Mapping[str, Any]
-    """A Vega-Lite chart per curve."""
-    picture: Mapping[str, Any]
-    """One chart of all curves, for the final picture."""
-    vega: bytes
-    """Gzipped ES module."""
-
-
-class Drawer:
-    """Draws in a subprocess; Vega is bundled once and cached.
+    Args:
+        metrics: one row per step, as from ``run.metrics``.
+        name: ``reward``, ``exact_match``, ``turns``, ``valid_calls``, or any other metric of the table or column, with or
+            without ``env/all/``.
+        evaluations: as from :func:`~searchr1_async.watch.charts.evaluation_scores`; drawn with exact match.
 
     Raises:
-        DrawingError: from both methods, if the subprocess fails.
+        ConfigurationError: no such metric; suggests close matches.
     """
-
-    def __init__(self) -> None:
-        self._vega = b""
-
-    async def charts(self, window: int, curves: Sequence[Curve], *, from_zero: bool) -> Charts:
-        """The charts of a page; arguments as in :func:`page_specs`. Takes 2 to 5 s in the background."""
-        said: list[bytes] = []
-
-        async def specs() -> None:
-            said.append(await run("charts", {"curves": list(curves), "window": window, "from_zero": from_zero}))
-
-        try:
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(specs)
-                if not self._vega:
-                    self._vega = await run("vega", {})
-        except* DrawingError as group:
-            raise group.exceptions[0] from None
-        return Charts(**json.loads(said[0]), vega=self._vega)
-
-    async def picture(self, task: Mapping[str, Any]) -> bytes:
-        """A PNG. Takes 2 to 3 s."""
-        return await run("picture", task)
+    metric = metric_named(name, metrics.columns)
+    rows = curve_rows(metrics, [metric])
+    points = _overall(evaluations, rows) if metric is EXACT_MATCH else None
+    if not rows.height and points is None:
+        reason = f"No finished step has this metric ({metric.column})."
+        return empty_chart(reason if metrics.height else NO_STEP, title=metric.heading)
+    words = ["points: single steps; line and band: trend ± 1 standard deviation"] * bool(rows.height)
+    if points is not None:
+        words.append("diamonds: exact match of held-out questions, 95 % intervals")
+    chart = _panel(metric, {"steps": rows, "evaluations": points}, rows.height)
+    return chart.properties(width=WIDTH, height=HEIGHT, title=heading(metric.heading, words))
 
 
-async def run(what: Literal["charts", "vega", "picture"], task: Mapping[str, Any]) -> bytes:
-    """The subprocess's output for ``task``. Cancelling kills it."""
-    if not sys.executable:
-        raise DrawingError("sys.executable is empty, so the drawing process cannot be started")
-    drawing = _Drawing(what, json.dumps(task).encode())
-    try:
-        # Own limiter: drawing must not use up the engine's worker threads.
-        return await anyio.to_thread.run_sync(drawing.run, limiter=anyio.CapacityLimiter(1), abandon_on_cancel=True)
-    except OSError as error:
-        raise DrawingError(f"the drawing process did not start: {error}") from error
-    except BaseException:
-        drawing.abandon()
-        raise
+def plot_learning(
+    metrics: pl.DataFrame, *, evaluations: pl.DataFrame | None = None, title: str = "", subtitle: Sequence[str] = ()
+) -> alt.ConcatChart | alt.Chart:
+    """Reward, exact match, turns per episode and valid calls, one panel each; arguments as in :func:`plot_metric`."""
+    rows = curve_rows(metrics, CURVES)
+    points = _overall(evaluations, rows)
+    if not rows.height and points is None:
+        return empty_chart(NO_STEP, title=title)
+    grid = _grid({"steps": rows, "evaluations": points}, rows.height)
+    return grid.properties(title=heading(title, subtitle)) if title else grid
 
 
-class _Drawing:
-    """One subprocess, run from a thread: on Windows a notebook's event loop has no asyncio subprocesses."""
+def live_chart(steps: int) -> dict[str, Any]:
+    """:func:`plot_learning` as Vega-Lite without data, which come later under the names ``steps``, ``evaluations`` and ``running``.
 
-    def __init__(self, what: str, task: bytes) -> None:
-        # -P: keeps the script's folder off sys.path, whose modules would shadow others.
-        self._command = [sys.executable, "-P", __file__, what]
-        self._what, self._task = what, task
-        self._process: subprocess.Popen[bytes] | None = None
-        self._is_abandoned = False
+    Args:
+        steps: of the whole run.
+    """
+    import altair as alt
 
-    def run(self) -> bytes:
-        pipe = subprocess.PIPE
-        with subprocess.Popen(
-            self._command,
-            stdin=pipe,
-            stdout=pipe,
-            stderr=pipe,
-            env=_environment(),
-            start_new_session=True,  # a notebook's stop button interrupts the kernel's whole process group
-        ) as process:
-            self._process = process
-            if self._is_abandoned:  # abandoned during startup
-                process.kill()
-            out, said = process.communicate(self._task)
-        if process.returncode:
-            last = said.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
-            raise DrawingError(f"drawing {self._what} failed: {last[0]}")
-        return out
-
-    def abandon(self) -> None:
-        """Kill the process; its thread then cleans up."""
-        self._is_abandoned = True
-        if self._process is not None:
-            self._process.kill()
+    spec = _grid({name: alt.NamedData(name=name) for name in ("steps", "evaluations", "running")}, steps).to_dict()
+    spec.pop("config", None)  # colours are set by the page
+    return spec
 
 
-def _environment() -> dict[str, str]:
-    """The environment without likely secrets."""
-    return {name: value for name, value in os.environ.items() if not any(word in name.upper() for word in _SECRETS)}
+def curve_rows(metrics: pl.DataFrame, shown: Sequence[Metric]) -> pl.DataFrame:
+    """``step`` and a column per metric, by its name, of the steps that have one of them; at most :data:`MAX_ROWS`."""
+    # Five significant digits halve the notebook's size.
+    values = [
+        pl.col(metric.column)
+        .cast(pl.Float64)
+        .round_sig_figs(5)
+        .replace([math.nan, math.inf, -math.inf], None)
+        .alias(metric.name)
+        for metric in shown
+        if metric.column in metrics.columns
+    ]
+    if not values:
+        return pl.DataFrame(schema={"step": pl.Float64})
+    rows = metrics.select(pl.col("step").cast(pl.Float64), *values).sort("step")
+    return thinned(rows.filter(pl.any_horizontal(pl.exclude("step").is_not_null())))
 
 
-def main() -> None:
-    task = json.load(sys.stdin)
-    if sys.argv[1] == "charts":
-        curves, window, from_zero = task["curves"], task["window"], task["from_zero"]
-        specs = {"page": page_specs(curves, window, from_zero=from_zero), "picture": _curves_spec(task)}
-        out = json.dumps(specs).encode()
-    else:
-        out = vega() if sys.argv[1] == "vega" else picture(task)
-    sys.stdout.buffer.write(out)
+def _overall(scores: pl.DataFrame | None, rows: pl.DataFrame) -> pl.DataFrame | None:
+    """One row per evaluation: all suites, or the only one; without a step, it is of the last one. None if there are none."""
+    if scores is None or not scores.height:
+        return None
+    overall = scores.group_by("order", maintain_order=True).first().sort("order")
+    label = pl.col("label").map_elements(lambda text: shown(text, 60), pl.String)
+    step = pl.col("step").fill_null(rows["step"].max() if rows.height else 0)
+    return overall.select(step, label, "mean", "low", "high")
 
 
-if __name__ == "__main__":
-    main()
+def _grid(data: Mapping[str, Any], count: int) -> alt.ConcatChart:
+    import altair as alt
+
+    panels = [
+        _panel(curve, data, count).properties(width=320, height=160, title=heading(curve.heading)) for curve in CURVES
+    ]
+    return alt.concat(*panels, columns=2, spacing={"row": 16, "column": 20})
+
+
+def _panel(metric: Metric, data: Mapping[str, Any], count: int) -> alt.LayerChart:
+    """Single steps as dots, their trend with a band of one standard deviation, the open batch as a ring, and held-out evaluations.
+
+    Args:
+        data: ``steps`` and ``running``, as from :func:`curve_rows`, and ``evaluations``; None or absent: without these.
+        count: of the steps; the trend's window is about a twentieth of them.
+    """
+    import altair as alt
+
+    x = alt.X("step:Q", axis=steps_axis(), scale=alt.Scale(nice=False, padding=6))
+    y_scale = alt.Scale(zero=metric.is_share, nice=True)
+    y_axis = values_axis(None, format=".0%" if metric.is_share else "~g")
+
+    def y(field: str) -> alt.Y:
+        return alt.Y(f"{field}:Q", axis=y_axis, scale=y_scale)
+
+    # A fixed value, not a scale: concatenated charts would share a scale.
+    colour = alt.value(_COLOURS.get(metric.column, TRAINING))
+    tips = tooltips("step|step|,d", f"value|{metric.heading}|{metric.form}")
+    layers: list[Any] = _trend(alt.Chart(data["steps"]), metric, max(1, round(count / 40)))
+    area, circles, line = (layer.encode(x=x, color=colour) for layer in layers)
+    layers = [
+        area.encode(y=y("low"), y2="high:Q"),
+        circles.encode(y=y("value"), tooltip=tips),
+        line.encode(y=y("smooth")),
+    ]
+    if data.get("running") is not None:
+        ring = _valued(alt.Chart(data["running"]), metric).mark_point(size=60, strokeWidth=1.5)
+        layers.append(ring.encode(x=x, y=y("value"), color=colour, tooltip=tips))
+    if metric is EXACT_MATCH and data.get("evaluations") is not None:
+        points = alt.Chart(data["evaluations"])
+        numbers = tooltips("label:N|evaluation", "mean|exact match|.1%", "low|95 % from|.1%", "high|to|.1%")
+        rules = points.mark_rule(color=HELD_OUT, strokeWidth=1.5, opacity=0.8)
+        diamonds = points.mark_point(shape="diamond", filled=True, size=75, color=HELD_OUT, opacity=1)
+        layers += [rules.encode(x=x, y=y("low"), y2="high:Q"), diamonds.encode(x=x, y=y("mean"), tooltip=numbers)]
+    return cast("alt.LayerChart", alt.layer(*layers))
+
+
+def _valued(chart: alt.Chart, metric: Metric) -> alt.Chart:
+    """The rows that have the metric, with its ``value``."""
+    datum = f"datum[{metric.name!r}]"
+    return chart.transform_filter(f"isValid({datum})").transform_calculate(value=datum)
+
+
+def _trend(steps: alt.Chart, metric: Metric, window: int) -> list[alt.Chart]:
+    """Area, circles and line of a metric with its moving mean."""
+    import altair as alt
+
+    moving: list[Any] = [
+        {"op": "mean", "field": "value", "as": "smooth"}, {"op": "stdev", "field": "value", "as": "spread"}
+    ]  # fmt: skip
+    low, high = "datum.smooth - datum.spread", "datum.smooth + datum.spread"
+    base = _valued(steps, metric).transform_window(moving, frame=[-window, window], sort=[alt.SortField("step")])
+    base = base.transform_calculate(
+        low=low if metric.low is None else f"max({low}, {metric.low})",
+        high=high if metric.high is None else f"min({high}, {metric.high})",
+    )
+    return [base.mark_area(opacity=0.15), base.mark_circle(size=16, opacity=0.45), base.mark_line(strokeWidth=2.2)]
+
+
+def metric_named(name: str, columns: Sequence[str]) -> Metric:
+    """The metric called ``name``: one of the table, even if its column is not there yet, or a present column.
+
+    Raises:
+        ConfigurationError: no such metric; suggests close matches.
+    """
+    known = metric_of(name)
+    if known is not None and "<" not in known.column:  # not one that stands for a pattern such as ``stop/<reason>``
+        return known
+    for column in (name, OF_ALL + name):
+        if column in columns and column != "step":
+            template = known or METRICS[f"{OF_ALL}<reward part>"]
+            return dataclasses.replace(template, column=column, label=column.removeprefix(OF_ALL), unit="")
+    names = [*NAMES, *(column.removeprefix(OF_ALL) for column in columns)]
+    near = difflib.get_close_matches(name, names, n=4, cutoff=0.5)
+    raise ConfigurationError(
+        f"there is no metric {name!r}. Close matches: {', '.join(near) or 'none'}. Metrics: {', '.join(NAMES)}, and, after the first "
+        "step, every column of run.metrics"
+    )

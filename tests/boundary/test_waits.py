@@ -23,45 +23,47 @@ def anyio_backend() -> tuple[str, dict[str, Any]]:
     return "asyncio", {"debug": True, "loop_factory": VirtualTimeLoop}
 
 
-async def test_a_short_wait_is_not_told() -> None:
-    told: list[str] = []
-    with bounded_wait("the service is starting", told.append, at_most=60):
+async def test_a_short_wait_is_not_reported() -> None:
+    reported: list[str] = []
+    with bounded_wait("the service is starting", reported.append, at_most=60):
         await anyio.sleep(4.9)
-    await pause(4.9, "the service asked for it", told.append)
+    await pause(4.9, "the service asked for it", reported.append)
     await anyio.sleep(60)
-    assert told == []
+    assert reported == []
 
 
-async def test_a_long_wait_is_told_once_while_it_lasts() -> None:
-    told: list[str] = []
+async def test_a_long_wait_is_reported_once_while_it_lasts() -> None:
+    reported: list[str] = []
     began = anyio.current_time()
-    with bounded_wait("the service is starting", told.append, at_most=60):
+    with bounded_wait("the service is starting", reported.append, at_most=60):
         await anyio.sleep(5.1)
-        assert len(told) == 1
+        assert len(reported) == 1
         await anyio.sleep(30)
-    assert len(told) == 1
+    assert len(reported) == 1
     assert anyio.current_time() - began == pytest.approx(35.1)
-    assert re.fullmatch(r"the service is starting: waiting for at most 55 s more, until (\S+ )?\d\d:\d\d:\d\d", told[0])
+    assert re.fullmatch(
+        r"the service is starting: waiting for at most 55 s more, until (\S+ )?\d\d:\d\d:\d\d", reported[0]
+    )
 
 
 async def test_a_wait_ends_at_its_bound() -> None:
-    told: list[str] = []
+    reported: list[str] = []
     began = anyio.current_time()
-    with pytest.raises(TimeoutError), bounded_wait("the service does not answer", told.append, at_most=60):
+    with pytest.raises(TimeoutError), bounded_wait("the service does not answer", reported.append, at_most=60):
         await anyio.sleep_forever()
     assert anyio.current_time() - began == pytest.approx(60)
 
 
-async def test_a_pause_is_told_at_its_beginning_with_the_day_where_it_is_another() -> None:
-    told: list[str] = []
-    await pause(3 * 86_400, "the service asked for it", told.append)
-    (sentence,) = told
+async def test_a_pause_is_reported_at_its_start_with_the_date_if_it_differs() -> None:
+    reported: list[str] = []
+    await pause(3 * 86_400, "the service asked for it", reported.append)
+    (sentence,) = reported
     assert re.fullmatch(
         r"the service asked for it: waiting for at most 259,200 s more, until \d{4}-\d\d-\d\d .*", sentence
     )
 
 
-async def test_time_that_a_run_is_held_counts_for_no_bound() -> None:
+async def test_paused_time_does_not_count() -> None:
     deadlines, began = PausableDeadlines(), anyio.current_time()
 
     async def hold() -> None:
@@ -123,7 +125,7 @@ def test_exactly_one_item_is_prepared_ahead() -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("searchr1-ahead")]
 
 
-def test_a_failure_is_raised_in_place_of_its_item() -> None:
+def test_a_failure_is_raised_instead_of_its_item() -> None:
     def making() -> Iterator[int]:
         yield 1
         raise OSError("the disk is gone")

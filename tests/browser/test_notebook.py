@@ -14,7 +14,7 @@ import nbformat
 import pytest
 
 from searchr1_async.records.run_records import RunRecords
-from searchr1_async.runs.checkpoints import ResumePoint
+from searchr1_async.runs.resume import ResumePoint
 from tests.notebooks import small
 
 pytest.importorskip("playwright", reason="playwright is not installed")
@@ -97,7 +97,7 @@ def see_it_change(notebook: NotebookPage, screenshots: Path) -> None:
     notebook.page.screenshot(path=screenshots / "1_beginning.png")
     # Not before steps are done: the curves have something to show.
     notebook.page.wait_for_function(
-        "count => document.querySelectorAll('.sr1-view .sr1-chart canvas').length >= count", arg=4, timeout=120_000
+        "count => document.querySelectorAll('.sr1-view .sr1-chart canvas').length >= count", arg=1, timeout=120_000
     )
     seen = [view.inner_text()]
     for _ in range(4):
@@ -152,7 +152,7 @@ def in_other_windows(notebook: NotebookPage, screenshots: Path) -> None:
     view = page.locator(".sr1-view")
     notebook.use_theme("JupyterLab Dark")
     view.scroll_into_view_if_needed()
-    expect(view.locator(".sr1-chart canvas")).to_have_count(4)
+    expect(view.locator(".sr1-chart canvas")).to_have_count(1)
     page.screenshot(path=screenshots / "3_dark.png")
     notebook.use_theme("JupyterLab Light")
     page.set_viewport_size({"width": 600, "height": 1000})

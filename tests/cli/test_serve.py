@@ -10,9 +10,8 @@ import anyio
 import pytest
 
 import searchr1_async as sr
-from searchr1_async.cli.main import parser_for
+from searchr1_async.cli import parser_for
 from searchr1_async.episodes.types import Passage
-from searchr1_async.search.http_client import ServedEmbedder, ServedStore, look_at
 from tests.search.conftest import HashingEmbedder
 
 pytestmark = pytest.mark.anyio
@@ -38,34 +37,30 @@ async def test_it_serves_an_index_until_it_is_terminated(
     corpus = [Passage("c", "Chile", "Santiago is its capital."), Passage("b", "Bhutan", "Thimphu is its capital.")]
     index = tmp_path / "index"
     await sr.Search.local(corpus, path=index, embedder=HashingEmbedder()).build()
-    told: list[str] = []
+    reported: list[str] = []
 
     async def serve() -> None:
         arguments = (str(index), "--port", str(free_tcp_port), "--token-from", "SERVING_TOKEN", "--results", "1")
-        told.append(await run(*arguments, embedder=HashingEmbedder()))
+        reported.append(await run(*arguments, embedder=HashingEmbedder()))
 
     with anyio.fail_after(30):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(serve)
-            facts = await look_at(f"http://127.0.0.1:{free_tcp_port}", TOKEN)
-            assert facts.passages == 2
-            async with sr.Search(ServedEmbedder(facts, TOKEN), ServedStore(facts, TOKEN), n_results=1) as search:
+            async with await sr.Search.open(f"http://127.0.0.1:{free_tcp_port}", token=TOKEN, n_results=1) as search:
                 ((found,),) = await search.search(["capital of Chile"])
                 assert found.id == "c"
             os.kill(os.getpid(), signal.SIGTERM)
-    assert told == [(given := options("x")).stopped(given)]
+    assert reported == [(given := options("x")).stopped(given)]
     shown = capsys.readouterr().err
     assert f"serving at http://127.0.0.1:{free_tcp_port}" in shown
     assert TOKEN not in shown
 
 
-async def test_a_token_that_is_not_set_and_limits_that_are_none_are_refused(
+async def test_an_unset_token_and_a_folder_without_an_index_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("SERVING_TOKEN", raising=False)
     with pytest.raises(sr.errors.ConfigurationError, match="SERVING_TOKEN, which is not set"):
         await run(str(tmp_path), "--token-from", "SERVING_TOKEN")
-    with pytest.raises(sr.errors.ConfigurationError, match="requests"):
-        await run(str(tmp_path), "--requests", "0")
     with pytest.raises(sr.errors.StoreError, match="holds no index"):
         await run(str(tmp_path))

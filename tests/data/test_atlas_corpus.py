@@ -19,7 +19,7 @@ from searchr1_async.data.atlas_corpus import (
     TWO_HOP,
     atlas_passages,
     atlas_questions,
-    split_at_sentences,
+    first_sentences,
 )
 from searchr1_async.data.corpus import load_corpus
 from searchr1_async.data.factbook import clean_text, countries, slugify
@@ -225,12 +225,10 @@ def test_country_names_in_sentences() -> None:
     assert slugify("Côte d'Ivoire") == "cote-d-ivoire"
 
 
-def test_split_at_sentences() -> None:
-    text = "One two. Three four five; six! " + "word " * 7
-    assert list(split_at_sentences(text.strip(), 5)) == [
-        "One two. Three four five;",
-        "six!",
-        "word " * 4 + "word",
-        "word word",
-    ]
-    assert list(split_at_sentences("", 5)) == []
+@pytest.mark.parametrize(
+    ("most", "first"),
+    [(5, "One two. Three four five;"), (6, "One two. Three four five; six!"), (2, "One two."), (1, "One")],
+)
+def test_the_first_sentences(most: int, first: str) -> None:
+    assert first_sentences("One two. Three four five; six! " + "word " * 7, most) == first
+    assert first_sentences("", most) == ""

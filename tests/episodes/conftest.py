@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from renderers import Qwen3Renderer, Qwen3RendererConfig, Qwen35Renderer, Qwen35RendererConfig
 
-from searchr1_async.episodes.chatml import ChatMLRenderer
 from searchr1_async.episodes.formats import Dialect, HermesDialect, TagsDialect
+from searchr1_async.episodes.rendering import ChatMLRenderer
 from searchr1_async.testing import make_tiny_tokenizer
 
 QWEN3_TOKENS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]

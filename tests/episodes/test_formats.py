@@ -6,7 +6,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from searchr1_async.episodes.chatml import ChatMLRenderer, split_tool_calls
 from searchr1_async.episodes.formats import (
     Dialect,
     FinalAnswer,
@@ -16,6 +15,7 @@ from searchr1_async.episodes.formats import (
     read_tags,
     select_renderer,
 )
+from searchr1_async.episodes.rendering import ChatMLRenderer, split_tool_calls
 from searchr1_async.episodes.types import Passage, Question
 from searchr1_async.errors import ModelError
 

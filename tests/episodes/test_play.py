@@ -11,7 +11,7 @@ from searchr1_async.episodes.formats import Dialect
 from searchr1_async.episodes.play import play
 from searchr1_async.episodes.types import Episode, Question, StopReason
 from searchr1_async.testing import BrokenPolicy, BrokenSearch, DictSearch, ScriptedPolicy
-from searchr1_async.training.examples import to_datum
+from searchr1_async.training.batches import to_datum
 
 pytestmark = pytest.mark.anyio
 

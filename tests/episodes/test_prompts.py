@@ -201,7 +201,7 @@ def test_a_recipe_without_such_a_prompt_is_refused_with_the_reason(
 
 
 def test_the_recipes_prompt_is_not_used_where_it_would_not_be_its_own(tokenizer: Any, cookbook: Path) -> None:
-    with pytest.raises(ModelError, match='format "hermes"'):
+    with pytest.raises(ModelError, match='the format "hermes", and leave instructions out'):
         make_dialect("tags", "m", tokenizer, method="recipe")
     with pytest.raises(ModelError, match="leave instructions out"):
         make_dialect("hermes", "m", tokenizer, method="recipe", instructions="Guess.")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from searchr1_async.episodes.reward import (
+from searchr1_async.episodes.rewards import (
     RecipeReward,
     Score,
     answer_after_prefix,
@@ -198,8 +198,8 @@ async def test_what_gives_a_coroutine_is_awaited() -> None:
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        (None, "reward is None: give a function"),
-        ("exact_match", r"reward is 'exact_match' \(str\): give a function"),
+        (None, "reward is None, which cannot be called"),
+        ("exact_match", r"reward is 'exact_match' \(str\), which cannot be called"),
         (RecipeReward, r"give an instance, RecipeReward\(\)"),
         (lambda: 1.0, "with one argument, the episode"),
         (lambda episode, answer: 1.0, "with one argument, the episode"),

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.scoring.run import Independent, compare, pairs
-from searchr1_async.episodes.reward import cover_match, exact_match, f1, normalize_answer
+from searchr1_async.episodes.rewards import cover_match, exact_match, f1, normalize_answer
 
 
 @pytest.mark.parametrize(

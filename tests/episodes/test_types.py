@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import searchr1_async as sr
-from searchr1_async.data.questions import checked_questions
+from searchr1_async.data.questions import load_questions
 from searchr1_async.errors import CorpusError, QuestionsError
-from searchr1_async.training.warm_up import Demonstration
+from searchr1_async.training.initial_weights import Demonstration
 
 
 def test_a_text_is_one_answer_and_no_sequence_of_letters() -> None:
@@ -73,7 +73,7 @@ def test_a_lone_surrogate_is_refused_at_the_call(field: str) -> None:
     broken: Any = ("half \ud83d",) if field == "golden_answers" else "half \ud83d"
     question = sr.Question(**{"id": "1", "question": "Which?", "golden_answers": ("Paris",), field: broken})
     with pytest.raises(QuestionsError, match="lone surrogate"):
-        checked_questions([question])
+        load_questions([question])
 
 
 def test_an_episode_shows_itself_in_a_line() -> None:
@@ -82,10 +82,10 @@ def test_an_episode_shows_itself_in_a_line() -> None:
     searching = sr.Turn(tuple(range(3000)), (0.0,) * 3000, "<search>capital of France</search>", call=call)
     answering = sr.Turn((1, 2), (0.0, 0.0), "<answer>Paris</answer>")
     episode = sr.Episode(question, tuple(range(5000)), (searching, answering), sr.StopReason.ANSWER, "Paris", 1.0)
-    assert repr(searching) == "<Turn '<search>capital of France</search>', 3,000 tokens, 1 passage>"
+    assert repr(searching) == "<Turn '<search>capital of France</search>', 3,000 tokens, 1 passages>"
     assert repr(answering) == "<Turn '<answer>Paris</answer>', 2 tokens>"
     assert str(episode) == (
-        "<Episode 'nq/1': 'Which is the capital of France?', 2 turns, 1 query, 8,002 tokens, answer 'Paris', reward 1>"
+        "<Episode 'nq/1': 'Which is the capital of France?', 2 turns, 8,002 tokens, answer 'Paris', reward 1>"
     )
     assert len(episode.tokens) == 8002, "the tokens are still available"
     failed = sr.Episode(question, (1,), (), sr.StopReason.FAILED, error="the search is gone " * 50)

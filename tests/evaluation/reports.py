@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import polars as pl
 
+from searchr1_async.boundary.paths import write_parquet
+from searchr1_async.episodes.table import EpisodeRow
 from searchr1_async.episodes.types import Episode, Question, StopReason
+from searchr1_async.evaluation.episode_store import QUESTIONS_NAME, EpisodeStore, questions_frame
 from searchr1_async.evaluation.manifest import Manifest, SuiteRecord, SystemRecord
 from searchr1_async.evaluation.report import Report
 from searchr1_async.records.scores import SCORE_SCHEMA
@@ -88,6 +94,38 @@ def manifest(report: Report, **changes: Any) -> Manifest:
         "questions_sha256": "1" * 64,
     }  # fmt: skip
     return Manifest(**{**values, **changes})
+
+
+def figures(report: Report) -> str:
+    """All results as JSON, without what differs between two sessions: timings, dates, versions, prices and cache hits."""
+    volatile = ("second", "dollar", "cached")
+    costs = report.costs().drop("cost")
+    values: dict[str, Any] = {
+        "scores": report.frame().rows(),
+        "comparisons": report.comparisons().rows(),
+        "flips": [(before, after, flips.rows()) for before, after, flips in report.all_flips()],
+        "outcomes": report.outcomes().rows(),
+        "costs": costs.select(name for name in costs.columns if not any(word in name for word in volatile)).rows(),
+        "notes": report.notes(),
+        "manifest": None if report.manifest is None else asdict(replace(report.manifest, created="", versions={})),
+    }
+    return json.dumps(values, default=str)
+
+
+def rows_of_episodes(label: str, episodes: Sequence[Episode]) -> list[EpisodeRow]:
+    """One episode of each question."""
+    return [EpisodeRow(each, label=label, group=place, member=0, trained=False) for place, each in enumerate(episodes)]
+
+
+def kept(report: Report, folder: Path | None = None) -> Report:
+    """The report with its episodes in a store."""
+    store = EpisodeStore(folder)
+    for label, own in report.items():
+        store.write(rows_of_episodes(label, own.episodes))
+    write_parquet(
+        store.folder / QUESTIONS_NAME, questions_frame([e.question for e in next(iter(report.values())).episodes])
+    )
+    return Report(list(report.values()), report.manifest, store)
 
 
 def played(

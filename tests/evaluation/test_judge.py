@@ -13,8 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from searchr1_async.episodes.play import SampledTurn
-from searchr1_async.episodes.types import Question
+from searchr1_async.episodes.types import Question, Turn
 from searchr1_async.errors import ConfigurationError, ModelError, ServiceError
 from searchr1_async.evaluation.judge import (
     JUDGE_INSTRUCTIONS,
@@ -70,6 +69,15 @@ def test_a_verdict_is_plainly_yes_or_no_or_none(said: str, verdict: bool | None)
     assert Judge().read(said) is verdict
 
 
+async def judged(
+    items: Sequence[tuple[Question, str]], policy: Any, tokenizer: Any, **of: Any
+) -> dict[int, float | None]:
+    """The verdicts, by index."""
+    verdicts: dict[int, float | None] = {}
+    await judge_answers(Judge(**of), items, policy, tokenizer, model_name="m", on_judged=verdicts.update)
+    return verdicts
+
+
 def lines_of(prompt: str) -> tuple[str, list[str], str]:
     """Question, golden answers and answer parsed from the prompt; fails if its format differs."""
     question, golden, answer, blank, asked = prompt.split("\n")
@@ -116,7 +124,7 @@ class JudgingPolicy(ScriptedPolicy):
         said = self._say(self.texts[-1].rpartition("user\n")[2])
         return self._tokenizer.encode(said + "<|im_end|>", add_special_tokens=False)
 
-    async def sample_many(self, prompt_tokens: Sequence[int], count: int, **asked: Any) -> list[SampledTurn]:
+    async def sample_many(self, prompt_tokens: Sequence[int], count: int, **asked: Any) -> list[Turn]:
         self.asked.append(asked)
         self.now += 1
         self.most = max(self.most, self.now)
@@ -135,13 +143,9 @@ async def test_each_answer_gets_its_verdict_and_equal_ones_are_asked_for_once(to
     policy = JudgingPolicy(tokenizer, says_yes_to_etna)
     other = Question("r", QUESTION.question, QUESTION.golden_answers, "another suite")
     items = [(QUESTION, "Etna"), (QUESTION, "Fuji"), (other, "Etna"), (QUESTION, " "), (QUESTION, "perhaps")]
-    judged: dict[int, float | None] = {}
-    verdicts = await judge_answers(
-        Judge(max_tokens=9), items, policy, tokenizer, model_name="m", on_judged=judged.update
-    )
+    verdicts = await judged(items, policy, tokenizer, max_tokens=9)
     assert verdicts == {0: 1.0, 1: 0.0, 2: 1.0, 3: 0.0, 4: None}
     assert policy.requests == 3
-    assert judged == verdicts, "they are told as they come"
     assert all(JUDGE_INSTRUCTIONS in text for text in policy.texts)
     assert {(asked["max_tokens"], asked["seed"]) for asked in policy.asked} == {(9, 0)}
     assert (Judge().sampling.temperature, Judge(deadline=7).sampling.deadline) == (0.0, 7)
@@ -150,9 +154,7 @@ async def test_each_answer_gets_its_verdict_and_equal_ones_are_asked_for_once(to
 async def test_no_answer_ends_the_message_that_it_stands_in(tokenizer: Any) -> None:
     policy = JudgingPolicy(tokenizer, lambda text: "no")
     items = [(Question(str(n), injected + "?", (injected + "x",)), injected) for n, injected in enumerate(INJECTIONS)]
-    assert await judge_answers(Judge(), items, policy, tokenizer, model_name="m") == dict.fromkeys(
-        range(len(items)), 0.0
-    )
+    assert await judged(items, policy, tokenizer) == dict.fromkeys(range(len(items)), 0.0)
     assert len(policy.texts) == len(INJECTIONS)
     for text in policy.texts:
         assert text.count("<|im_start|>") == 3
@@ -163,18 +165,16 @@ async def test_no_answer_ends_the_message_that_it_stands_in(tokenizer: Any) -> N
 async def test_many_are_asked_at_a_time_and_no_more_than_allowed(tokenizer: Any) -> None:
     policy = JudgingPolicy(tokenizer, says_yes_to_etna)
     items = [(QUESTION, f"answer {number}") for number in range(60)]
-    assert await judge_answers(Judge(at_once=7), items, policy, tokenizer, model_name="m") == dict.fromkeys(
-        range(60), 0.0
-    )
+    assert await judged(items, policy, tokenizer, at_once=7) == dict.fromkeys(range(60), 0.0)
     assert policy.most == 7
-    assert await judge_answers(Judge(), [], policy, tokenizer, model_name="m") == {}
+    assert await judged([], policy, tokenizer) == {}
 
 
 async def test_a_service_that_fails_now_and_then_leaves_gaps_and_a_broken_one_ends_the_judging(tokenizer: Any) -> None:
     class Shaky(JudgingPolicy):
         tried = 0
 
-        async def sample_many(self, prompt_tokens: Sequence[int], count: int, **asked: Any) -> list[SampledTurn]:
+        async def sample_many(self, prompt_tokens: Sequence[int], count: int, **asked: Any) -> list[Turn]:
             self.tried += 1
             if self.tried % every == 0:
                 raise ServiceError("it is gone")
@@ -182,31 +182,29 @@ async def test_a_service_that_fails_now_and_then_leaves_gaps_and_a_broken_one_en
 
     items = [(QUESTION, f"answer {number}") for number in range(20)]
     every = 6
-    verdicts = await judge_answers(
-        Judge(at_once=1), items, Shaky(tokenizer, says_yes_to_etna), tokenizer, model_name="m"
-    )
+    verdicts = await judged(items, Shaky(tokenizer, says_yes_to_etna), tokenizer, at_once=1)
     assert verdicts == {place: 0.0 for place in range(20) if (place + 1) % 6}, "what has failed is no verdict"
     every = 1
+    items += [(Question(f"b{number}", f"{number}?", ("x",)), " ") for number in range(80)]  # no requests
     with pytest.raises(ServiceError, match="it is gone"):
-        await judge_answers(Judge(), items, Shaky(tokenizer, says_yes_to_etna), tokenizer, model_name="m")
+        await judged(items, Shaky(tokenizer, says_yes_to_etna), tokenizer)
 
 
 async def test_a_verdict_that_does_not_come_is_given_up_at_its_deadline(tokenizer: Any) -> None:
     class Hanging(JudgingPolicy):
-        async def sample_many(self, *args: Any, **asked: Any) -> list[SampledTurn]:
+        async def sample_many(self, *args: Any, **asked: Any) -> list[Turn]:
             await anyio.sleep_forever()
             return []
 
     policy = Hanging(tokenizer, says_yes_to_etna)
     with anyio.fail_after(20):
-        verdicts = await judge_answers(Judge(deadline=0.05), [(QUESTION, "Etna")], policy, tokenizer, model_name="m")
+        verdicts = await judged([(QUESTION, "Etna")], policy, tokenizer, deadline=0.05)
     assert verdicts == {}, "it may be asked again"
 
 
 def test_what_cannot_be_meant_is_refused() -> None:
     for wrong in (
-        {"model": " "},
-        {"instructions": ""},
+        {"model": 7},
         {"checkpoint": ""},
         {"max_tokens": 0},
         {"at_once": 0},
@@ -222,9 +220,7 @@ def test_what_cannot_be_meant_is_refused() -> None:
 
 async def test_a_model_without_a_chat_format_is_refused(tokenizer: Any) -> None:
     with pytest.raises(ModelError):
-        await judge_answers(
-            Judge(renderer="nonsense"), [(QUESTION, "x")], ScriptedPolicy(lambda prompt: ()), tokenizer, model_name="m"
-        )
+        await judged([(QUESTION, "x")], ScriptedPolicy(lambda prompt: ()), tokenizer, renderer="nonsense")
 
 
 def test_a_judge_describes_itself_so_that_it_can_be_asked_again() -> None:

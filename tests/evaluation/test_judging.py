@@ -10,61 +10,60 @@ from typing import Any, cast
 import anyio
 import pytest
 
-from searchr1_async.episodes.play import SampledTurn
+from searchr1_async.episodes.types import Turn
 from searchr1_async.errors import ServiceError
 from searchr1_async.evaluation import judge as judging
-from searchr1_async.evaluation.episode_store import JUDGEMENTS_NAME, EpisodeStore
-from searchr1_async.evaluation.judge import FoundJudge, Judge, OpenJudge, archive_verdicts, judge_digest, judge_samples
-from searchr1_async.evaluation.systems import System, find_systems
+from searchr1_async.evaluation.episode_store import OLD_VERDICTS_NAME, EpisodeStore
+from searchr1_async.evaluation.judge import (
+    FoundJudge,
+    Judge,
+    judge_samples,
+    rename_old_verdicts,
+    verdicts_name,
+)
 from searchr1_async.events import Event, PhaseAdvanced
 from searchr1_async.runs.weights import Weights
 from searchr1_async.service.connection import Service
 from searchr1_async.testing import ScriptedPolicy, make_tiny_tokenizer
+from tests.evaluation.reports import rows_of_episodes
 from tests.watch.builders import episode, question
 
 ONE, OTHER = Judge("one").describe(), Judge("other").describe()
 
 
-def begin(folder: Path, before: dict[str, Any] | None, now: dict[str, Any] | None, killed: int = 9) -> None:
-    """The start of a session, killed after this many steps."""
-    steps = [
-        lambda: archive_verdicts(folder, before, now),
-        lambda: (folder / "judge").write_text("none" if now is None else now["model"]),
-        lambda: archive_verdicts(folder, now, now),
-    ]
-    for step in steps[:killed]:
-        step()
+def test_another_judge_begins_anew_and_the_first_finds_its_own_again(tmp_path: Path) -> None:
+    def session(judge: dict[str, Any] | None) -> EpisodeStore:
+        store = EpisodeStore(tmp_path, verdicts_name(judge))
+        store.load()
+        return store
+
+    EpisodeStore(tmp_path).write(rows_of_episodes("a", [episode()]))
+    session(ONE).write_judgements([("a", 0, 0, 1.0)])
+    assert session(OTHER).unjudged().height == 1
+    session(OTHER).write_judgements([("a", 0, 0, 0.0)])
+    found = [session(judge).scores()["judged"].to_list() for judge in (ONE, OTHER, None)]
+    assert found == [[1.0], [0.0], [None]]
 
 
-def named(folder: Path) -> dict[str, Any] | None:
-    return {"none": None, "one": ONE, "other": OTHER}[(folder / "judge").read_text()]
-
-
-@pytest.mark.parametrize("killed", range(4))
-@pytest.mark.parametrize("then", [OTHER, None])
-def test_another_judge_begins_anew_and_the_first_finds_its_own_again(
-    tmp_path: Path, killed: int, then: dict[str, Any] | None
-) -> None:
-    current = tmp_path / JUDGEMENTS_NAME
-    begin(tmp_path, None, ONE)
-    current.write_text("of one")
-    begin(tmp_path, ONE, then, killed)
-    begin(tmp_path, named(tmp_path), then)
-    assert not current.exists()
-    if then is not None:
-        current.write_text("of the other")
-    begin(tmp_path, then, ONE, killed)
-    begin(tmp_path, named(tmp_path), ONE)
-    assert current.read_text() == "of one"
-    begin(tmp_path, ONE, then)
-    assert current.exists() == (then is not None)
-    assert then is None or current.read_text() == "of the other"
+def test_verdicts_of_an_older_version_are_those_of_the_judge_that_gave_them(tmp_path: Path) -> None:
+    EpisodeStore(tmp_path).write(rows_of_episodes("a", [episode()]))
+    EpisodeStore(tmp_path, OLD_VERDICTS_NAME).write_judgements([("a", 0, 0, 1.0)])
+    for rename in (False, True):
+        if rename:
+            rename_old_verdicts(tmp_path, ONE)
+            assert not (tmp_path / OLD_VERDICTS_NAME).exists()
+        store = EpisodeStore(tmp_path, verdicts_name(ONE))
+        store.load()
+        assert store.scores()["judged"].to_list() == [1.0]
+    store = EpisodeStore(tmp_path, verdicts_name(OTHER))
+    store.load()
+    assert store.unjudged().height == 1
 
 
 def test_a_judge_is_the_same_whatever_its_patience() -> None:
     patient = Judge("one", deadline=7, at_once=3).describe()
-    assert judge_digest(patient) == judge_digest(ONE)
-    assert len({judge_digest(each) for each in (ONE, OTHER, Judge("one", max_tokens=9).describe())}) == 3
+    assert verdicts_name(patient) == verdicts_name(ONE)
+    assert len({verdicts_name(each) for each in (ONE, OTHER, Judge("one", max_tokens=9).describe())}) == 3
 
 
 ANSWERS = tuple(f"answer {number}" for number in range(10))
@@ -86,11 +85,11 @@ class Judging:
     judged: int = 0
     on_judged: Callable[[int], None] | None = None
 
-    async def open(self, found: FoundJudge, service: Service) -> OpenJudge:
+    async def open(self, found: FoundJudge, service: Service) -> tuple[Any, Any]:
         judging_, tokens = self, self.tokenizer.encode("no<|im_end|>", add_special_tokens=False)
 
         class Policy(ScriptedPolicy):
-            async def sample_many(self, prompt_tokens: Sequence[int], count: int, **asked: Any) -> list[SampledTurn]:
+            async def sample_many(self, prompt_tokens: Sequence[int], count: int, **asked: Any) -> list[Turn]:
                 text = judging_.tokenizer.decode(prompt_tokens)
                 answer = text.rpartition('Candidate answer: "')[2].partition('"')[0]
                 judging_.asked.append(answer)
@@ -101,10 +100,10 @@ class Judging:
                 judging_.given += 1
                 return await super().sample_many(prompt_tokens, count, **asked)
 
-        return OpenJudge(cast(Any, Policy(lambda prompt: tokens)), self.tokenizer)
+        return Policy(lambda prompt: tokens), self.tokenizer
 
     async def __call__(self) -> EpisodeStore:
-        store = EpisodeStore(self.folder)
+        store = EpisodeStore(self.folder, "judgements.parquet")
         store.load()
 
         def emit(event: Event) -> None:
@@ -113,7 +112,7 @@ class Judging:
                 if self.on_judged is not None:
                     self.on_judged(self.judged)
 
-        systems = find_systems({"a": System(method="direct")})
+        systems = ["a"]
         found = FoundJudge(Judge(at_once=2), "m", Weights())
         await judge_samples(found, store, systems, cast(Service, None), emit)
         return store
@@ -122,11 +121,8 @@ class Judging:
 @pytest.fixture
 def judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Judging:
     """Ten distinct finished answers and a judge that rejects all."""
-    rows = [
-        (("a", place, 0), 0, replace(episode(question(f"q{place}")), answer=answer))
-        for place, answer in enumerate(ANSWERS)
-    ]
-    EpisodeStore(tmp_path / "e").write(rows)
+    played = [replace(episode(question(f"q{place}")), answer=answer) for place, answer in enumerate(ANSWERS)]
+    EpisodeStore(tmp_path / "e").write(rows_of_episodes("a", played))
     session = Judging(tmp_path / "e", make_tiny_tokenizer(tmp_path / "tokenizer"))
     monkeypatch.setattr(judging, "open_judge", session.open)
     return session
@@ -134,7 +130,7 @@ def judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Judging:
 
 def verdicts(folder: Path) -> dict[str, float]:
     """Verdicts on disk, by answer."""
-    store = EpisodeStore(folder)
+    store = EpisodeStore(folder, "judgements.parquet")
     store.load()
     return {
         answer: verdict for answer, verdict in store.scores().select("answer", "judged").rows() if verdict is not None

@@ -1,126 +1,27 @@
+"""The manifest of a resumed evaluation."""
+
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
-import polars as pl
-import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from searchr1_async.evaluation.manifest import Manifest, SystemRecord
 
-from searchr1_async.data.suites import Suite
-from searchr1_async.episodes.table import storable
-from searchr1_async.episodes.types import Question
-from searchr1_async.errors import RunFolderError
-from searchr1_async.evaluation.episode_store import write_parquet
-from searchr1_async.evaluation.manifest import (
-    QUESTIONS_NAME,
-    asked_questions,
-    interleaved,
-    questions_digest,
-    questions_frame,
-    questions_of,
-    read_questions,
-)
-from tests.watch.builders import HOSTILE
-
-
-def suite(name: str, count: int) -> Suite:
-    return Suite(name, tuple(Question(f"q{n}", f"{name} {n}?", ("yes",), name) for n in range(count)))
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=6))
-def test_all_suites_are_spread_evenly(sizes: list[int]) -> None:
-    suites = [suite(f"s{number}", size) for number, size in enumerate(sizes)]
-    order, asked = interleaved(suites), asked_questions(suites)
-    assert sorted(order) == list(range(len(asked)))
-    for each in suites:
-        own = [asked[place] for place in order if asked[place].data_source == each.name]
-        assert own == list(each.questions), "a suite keeps its order"
-    for begun in range(len(order) + 1):
-        for each in suites:
-            have = sum(asked[place].data_source == each.name for place in order[:begun])
-            # Each other suite may be half a question ahead or behind.
-            fair = begun * len(each.questions) / len(asked)
-            assert abs(have - fair) <= 0.5 + len(suites) * len(each.questions) / len(asked)
-
-
-def test_a_small_suite_does_not_wait_for_a_large_one() -> None:
-    order = interleaved([suite("large", 100), suite("small", 2)])
-    assert [number for number, place in enumerate(order) if place >= 100] == [25, 76]
-
-
-text = st.text(max_size=20)
-questions = st.lists(
-    st.builds(
-        Question,
-        id=st.text(min_size=1, max_size=8),
-        question=st.text(min_size=1, max_size=20).filter(str.strip),
-        golden_answers=st.lists(st.text(min_size=1, max_size=8).filter(str.strip), min_size=1, max_size=3).map(tuple),
-        data_source=st.sampled_from(["a", "b"]),
-        metadata=st.dictionaries(text, st.one_of(st.none(), st.integers(-9, 9), text, st.lists(text, max_size=2))),
-    ),
-    max_size=6,
+THEN = Manifest(
+    created="2026-01-01T00:00:00+00:00",
+    versions={"python": "3.11.9", "tinker": "1.0"},
+    service={},
+    search=None,
+    settings={},
+    suites=(),
+    systems=(SystemRecord("a", "search", "m", overlap={"nq": 3}), SystemRecord("b", "search", "m")),
+    questions_sha256="0",
 )
 
 
-@settings(max_examples=40, deadline=None)
-@given(questions)
-def test_the_table_gives_the_questions_back(asked: list[Question]) -> None:
-    back = questions_of(questions_frame(asked))
-    for source in {question.data_source for question in asked}:
-        assert back[source] == tuple(question for question in asked if question.data_source == source)
-
-
-def test_the_digest_tells_every_change_and_survives_the_disk(tmp_path: Path) -> None:
-    asked = (Question("1", "who?", ("me", "I"), "a", {"hops": 2}), Question("2", HOSTILE, ("é",), "a"))
-    frame = questions_frame(asked)
-    digest = questions_digest(frame)
-    changed = (
-        questions_frame(asked[::-1]),
-        questions_frame(asked[:1]),
-        *(
-            frame.with_columns(pl.when(pl.col("id") == "1").then(value).otherwise(pl.col(name)).alias(name))
-            for name, value in (
-                ("question", pl.lit("who? ")),
-                ("suite", pl.lit("b")),
-                ("metadata", pl.lit('{"hops": 3}')),
-                ("golden_answers", pl.lit(["I", "me"])),
-            )
-        ),
-    )
-    assert len({digest, *map(questions_digest, changed)}) == 1 + len(changed)
-    write_parquet(tmp_path / QUESTIONS_NAME, frame)
-    assert questions_digest(read_questions(tmp_path)) == digest
-
-
-def test_a_folder_without_them_is_told(tmp_path: Path) -> None:
-    with pytest.raises(RunFolderError, match="questions cannot be read from"):
-        read_questions(tmp_path)
-    (tmp_path / QUESTIONS_NAME).write_bytes(b"PAR1 torn")
-    with pytest.raises(RunFolderError, match="questions cannot be read from"):
-        read_questions(tmp_path)
-
-
-def test_lone_surrogates_are_kept_as_what_a_file_can_hold(tmp_path: Path) -> None:
-    asked = [Question(f"id{HOSTILE}", f"who? {HOSTILE}", (HOSTILE, "a"), f"s{HOSTILE}", {HOSTILE: [HOSTILE]})]
-    write_parquet(tmp_path / QUESTIONS_NAME, questions_frame(asked))
-    read = questions_of(read_questions(tmp_path))
-    kept = storable(HOSTILE)
-    metadata = {joined(HOSTILE): [joined(HOSTILE)]}
-    assert read == {f"s{kept}": (Question(f"id{kept}", f"who? {kept}", (kept, "a"), f"s{kept}", metadata),)}
-
-
-def joined(text: str) -> str:
-    return json.loads(json.dumps(text))
-
-
-def test_what_is_asked_is_the_same_after_the_disk_where_metadata_hold_sets_and_odd_keys(tmp_path: Path) -> None:
-    metadata: dict[Any, Any] = {"gold_passages": {"p2", "p1"}, ("a", 1): "x"}
-    asked = [Question("1", "who?", ("me",), "a", metadata)]
-    write_parquet(tmp_path / QUESTIONS_NAME, questions_frame(asked))
-    (read,) = questions_of(read_questions(tmp_path))["a"]
-    assert read.metadata == {"gold_passages": ["p1", "p2"], '["a", 1]': "x"}
-    assert questions_digest(questions_frame([read])) == questions_digest(questions_frame(asked))
+def test_an_evaluation_that_goes_on_keeps_what_it_was_and_notes_other_versions_once() -> None:
+    now = replace(THEN, created="later", versions={"python": "3.11.9", "tinker": "1.1"}, judge={"m": 1})
+    found = now.continuing(THEN)
+    assert (found.created, found.versions, found.judge) == (THEN.created, THEN.versions, {"m": 1})
+    assert found.notes == ("Resumed with other package versions: tinker 1.1 after 1.0.",)
+    assert now.continuing(found) == found
+    assert replace(THEN, created="later").continuing(THEN) == THEN

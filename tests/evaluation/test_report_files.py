@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -14,16 +13,16 @@ from urllib.parse import parse_qs, urlsplit
 import polars as pl
 import pytest
 
+from searchr1_async.boundary.paths import write_parquet
 from searchr1_async.episodes.types import StopReason
 from searchr1_async.errors import RunFolderError
-from searchr1_async.evaluation.episode_store import EpisodeStore
+from searchr1_async.evaluation.episode_store import QUESTIONS_NAME, EpisodeStore, questions_frame
 from searchr1_async.evaluation.report import Report
-from searchr1_async.evaluation.report_episodes import choose, chosen_rows, key_of
-from searchr1_async.evaluation.report_tables import table_of
-from searchr1_async.evaluation.report_text import latex_table, latex_text, markdown_table, markdown_text
+from searchr1_async.evaluation.report_tables import linked_episodes, sections_of
+from searchr1_async.evaluation.table_forms import latex_text, markdown_text
 from searchr1_async.records.scores import SCORE_SCHEMA
 from searchr1_async.runs.evaluation import Evaluation
-from tests.evaluation.reports import manifest, played
+from tests.evaluation.reports import kept, manifest, played, rows_of_episodes
 from tests.watch.builders import HOSTILE
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -46,7 +45,8 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         for name, value in attrs:
-            if name.startswith("on") or name == "style" or (name == "src"):
+            is_chart = tag == "img" and (value or "").startswith("data:image/svg+xml;base64,")
+            if name.startswith("on") or name == "style" or (name == "src" and not is_chart):
                 self.wrong.append(f"{tag} {name}={value}")
             if name == "href":
                 self.links.append(value or "")
@@ -55,9 +55,9 @@ class Page(HTMLParser):
         self.text += data
 
 
-def hostile_report(folder: Path | None = None) -> Report:
+def hostile_report() -> Report:
     bare = Report([played(f"before {NASTY}", 0.2, of=12, said=NASTY), played(f"after {NASTY}", 0.8, of=12, said=NASTY)])
-    return Report(list(bare.values()), manifest(bare, notes=(NASTY,)), folder)
+    return kept(Report(list(bare.values()), manifest(bare, notes=(NASTY,))))
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,8 @@ def test_every_file_is_there_and_none_beside(saved: Path) -> None:
     assert names == [
         "episodes.html",
         *(f"figures/{name}.{kind}" for name in ("exact_match", "outcomes") for kind in ("png", "svg")),
+        "manifest.json",
+        "questions.parquet",
         "report.html",
         "report.md",
         "report.tex",
@@ -85,7 +87,8 @@ def test_the_page_holds_no_markup_but_its_own(saved: Path) -> None:
     text = (saved / "report.html").read_text(encoding="utf-8")
     page = Page(text)
     assert page.wrong == []
-    assert not {"script", "img", "iframe", "form", "object"} & set(page.tags)
+    assert not {"script", "iframe", "form", "object"} & set(page.tags)
+    assert page.tags.count("img") == 2
     assert "default-src 'none'" in text
     assert "unsafe" not in text.partition("</head>")[0].partition("<style>")[0]
     assert all(link.startswith("episodes.html#") for link in page.links)
@@ -108,19 +111,16 @@ def test_every_flip_leads_to_its_two_episodes(saved: Path) -> None:
 
 def test_of_many_flips_both_directions_are_shown() -> None:
     report = Report([played("a", 0.5, of=300, suites=("nq",)), played("b", 0.5, of=300, suites=("nq",))])
-    flips = choose(report).flips["a", "b"]
-    assert report.flips("a", "b").height > 120
-    assert [flips.filter(direction=direction).height for direction in ("improved", "worsened")] == [50, 50]
-    few = Report([played("a", 0.3, of=300, suites=("nq",)), played("b", 0.9, of=300, suites=("nq",))])
-    worse = few.flips("a", "b").filter(direction="worsened").height
-    flips = choose(few).flips["a", "b"]
-    assert 0 < flips.filter(direction="worsened").height == worse
-    assert flips.height == 100
+    flips = report.flips("a", "b")
+    assert flips.height > 120
+    text = report.markdown()
+    assert f"{flips.height} questions changed, 100 shown" in text
+    assert [text.count(f"| {direction} |") for direction in ("improved", "worsened")] == [50, 50]
 
 
 def test_the_page_does_not_link_to_episodes_that_were_not_kept(tmp_path: Path) -> None:
-    kept = hostile_report()
-    bare = Report([type(own)(own.label, own.scores) for own in kept.values()], kept.manifest)
+    whole = hostile_report()
+    bare = Report([type(own)(own.label, own.scores) for own in whole.values()], whole.manifest)
     (tmp_path / "episodes.html").write_text("of an earlier report")
     page = Page(bare.save(tmp_path).read_text(encoding="utf-8"))
     assert page.links == []
@@ -139,20 +139,24 @@ def test_markdown_is_text_whatever_is_in_it() -> None:
     assert "\n" not in shown
     assert "https://" not in shown
     assert not re.search(r"(?<!\\)[`*_\[\]|$#]", shown.replace("&#", ""))
-    table = markdown_table(table_of(["a|b", "c"], [[NASTY, "x\ny"]]))
-    assert [len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()] == [3, 3, 3]
+    tables = re.findall(r"(?:^\|.*\n)+", hostile_report().markdown(), re.MULTILINE)
+    assert len(tables) > 6
+    for table in tables:
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
 
 
 def test_latex_is_text_whatever_is_in_it() -> None:
     shown = latex_text(NASTY)
     plain = re.sub(r"\\(text\w+\{\}|ldots\{\}|[{}$&#_%])|\{\[\}|\{\]\}", "", shown)
     assert not set("\\{}$&#_%~^[]") & set(plain)
-    table = latex_table(table_of(["system", "nq"], [["[x] & \\\\", "1"], ["b", "2"]], "100 % of _it_"), label="tab:a b")
-    assert table.count(r"\begin") == table.count(r"\end") == 2
-    assert table.count(r"\toprule") == table.count(r"\midrule") == table.count(r"\bottomrule") == 1
-    rows = [line for line in table.splitlines() if line.endswith(r"\\")]
-    assert [len(re.findall(r"(?<!\\)&", row)) for row in rows] == [1, 1, 1]
-    assert r"\label{tab:a-b}" in table
+    text = hostile_report().latex()
+    assert text.count(r"\begin") == text.count(r"\end") == 12
+    assert text.count(r"\toprule") == text.count(r"\midrule") == text.count(r"\bottomrule") == 6
+    for table in text.split(r"\begin{tabular}")[1:]:
+        columns = table.partition("}")[0].lstrip("{")
+        rows = [line for line in table.splitlines() if line.endswith(r" \\")]
+        assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {len(columns) - 1}
+    assert r"\label{tab:exact-match}" in text
 
 
 def test_a_parser_of_latex_reads_the_whole_report() -> None:
@@ -160,13 +164,13 @@ def test_a_parser_of_latex_reads_the_whole_report() -> None:
     text = hostile_report().latex()
     nodes, *_ = latexwalker.LatexWalker(text, tolerant_parsing=False).get_latex_nodes()
     tables = [node for node in nodes if getattr(node, "environmentname", None) == "table"]
-    assert len(tables) == 4
+    assert len(tables) == 6
 
 
 def test_the_whole_markdown_has_every_part() -> None:
     text = hostile_report().markdown()
     assert re.findall(r"^## (.+)$", text, re.MULTILINE) == [
-        "Differences", "All scores", "Outcomes", "Costs", "Beside published results", "Reproduction",
+        "Exact match", "Differences", "All scores", "Outcomes", "Costs", "Beside published results", "Reproduction",
     ]  # fmt: skip
     assert "not ranked" in text
 
@@ -197,7 +201,7 @@ def test_a_link_opens_its_episode_in_a_browser(saved: Path, tmp_path: Path, widt
         assert tab.evaluate("window.__hacked") is None
         tab.screenshot(path=tmp_path / "report.png", full_page=True)
         tab.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
-        link = tab.locator("table.flips a[href*=beside]").first
+        link = tab.locator("table.texts a[href*=beside]").first
         question = link.locator("xpath=ancestor::tr/th").inner_text()
         suite = link.locator("xpath=ancestor::tr/td[1]").inner_text()
         link.click()
@@ -219,24 +223,20 @@ def test_a_link_opens_its_episode_in_a_browser(saved: Path, tmp_path: Path, widt
     assert wrong == []
 
 
-def test_figures_of_hostile_labels_are_plain_json() -> None:
-    values = json.loads(hostile_report().figures())
-    assert len(values["flips"]) == 1
-
-
 def test_of_a_folder_only_the_episodes_that_are_linked_to_are_read(tmp_path: Path) -> None:
     """Episodes on disk, including a failed sample that was retried."""
     before, after = played("before", 0.2, of=20, suites=("nq",)), played("after", 0.8, of=20, suites=("nq",))
     store = EpisodeStore(tmp_path)
     failed = dataclasses.replace(before.episodes[0], stop_reason=StopReason.FAILED, answer=None)
-    store.write([(("before", 0, 0), None, failed)])
+    store.write(rows_of_episodes("before", [failed]))
     for own in (before, after):
-        store.write([((own.label, place, 0), None, episode) for place, episode in enumerate(own.episodes)])
-    report = Report([Evaluation(own.label, own.scores) for own in (before, after)], folder=tmp_path)
-    keys = choose(report).keys
+        store.write(rows_of_episodes(own.label, own.episodes))
+    write_parquet(tmp_path / QUESTIONS_NAME, questions_frame([episode.question for episode in before.episodes]))
+    report = Report([Evaluation(own.label, own.scores) for own in (before, after)], store=EpisodeStore(tmp_path))
+    keys = linked_episodes(sections_of(report))
     assert len(keys) < 40
-    rows = chosen_rows(report, keys)
-    assert {key_of(row) for row in rows} == keys
+    rows = store.rows(keys)
+    assert {(row.label, e.data_source, e.id, row.member) for row in rows for e in (row.episode.question,)} == keys
     assert len(rows) == len(keys)
     assert not any(row.episode.failed for row in rows)
     links = Page(report.save().read_text(encoding="utf-8")).links

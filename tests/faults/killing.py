@@ -20,8 +20,8 @@ import polars as pl
 
 from searchr1_async.local import LocalService
 from searchr1_async.records.run_records import RunRecords
-from searchr1_async.runs.checkpoints import ResumePoint
-from searchr1_async.runs.finished_groups import UnlearnedGroups
+from searchr1_async.runs.folder import UnlearnedGroups
+from searchr1_async.runs.resume import ResumePoint
 from tests import tiny_world
 from tests.faults import scripted_world
 

@@ -12,7 +12,7 @@ import anyio
 import pytest
 
 import searchr1_async as sr
-from searchr1_async.runs.checkpoints import ResumePoint
+from searchr1_async.runs.resume import ResumePoint
 from tests import tiny_world
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]

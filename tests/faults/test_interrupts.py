@@ -17,7 +17,7 @@ import pytest
 
 from searchr1_async.local import LocalService
 from searchr1_async.records.run_records import RunRecords
-from searchr1_async.runs.checkpoints import ResumePoint
+from searchr1_async.runs.resume import ResumePoint
 from tests import tiny_world
 
 QUESTIONS = 48
@@ -26,11 +26,10 @@ SECONDS = 60.0
 """In which an interrupted session has ended; it took 1 to 3 s."""
 LAUNCHER = """
 import os, signal, sys
-if sys.argv[1] == "ignored":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.signal(signal.SIGINT, signal.SIG_IGN if sys.argv[1] == "ignored" else signal.SIG_DFL)
 os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 """
-"""Starts a program as a shell does in the background, with SIGINT ignored, or as it is."""
+"""Starts a program with SIGINT ignored, as a shell does in the background, or not, however these tests were started."""
 
 
 @dataclass

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from searchr1_async.local import LocalService
-from searchr1_async.runs.checkpoints import ResumePoint
+from searchr1_async.runs.resume import ResumePoint
 from tests import tiny_world
 
 
@@ -24,7 +24,7 @@ def test_a_run_outlives_its_terminal(scripted_service: LocalService, tmp_path: P
     """A real pty, closed as an ssh connection is that breaks under ``nohup`` or after ``disown``; and ``2>&1 | head -1``."""
     reader, writer = os.pipe() if progress == "pipe" else pty.openpty()
     program = [tmp_path, scripted_service.url, scripted_service.tokenizer_path, "12"]
-    settings = json.dumps({"progress": "plain" if progress == "pipe" else progress})
+    settings = json.dumps({"progress": True if progress == "terminal" else "plain"})
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.faults.training_child", *program, settings],
         stdout=subprocess.PIPE,

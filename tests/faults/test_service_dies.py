@@ -11,7 +11,7 @@ import pytest
 
 import searchr1_async as sr
 from searchr1_async.events import Event, MinibatchSubmitted
-from searchr1_async.runs.checkpoints import ResumePoint
+from searchr1_async.runs.resume import ResumePoint
 from tests import tiny_world
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]

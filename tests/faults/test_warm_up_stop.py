@@ -15,7 +15,7 @@ from tinker import types as tinker_types
 
 from searchr1_async.local import LocalService
 from searchr1_async.records.run_records import RunRecords
-from searchr1_async.runs.checkpoints import ResumePoint, kept_checkpoints
+from searchr1_async.runs.resume import ResumePoint, kept_checkpoints
 from searchr1_async.runs.weights import find_weights
 from tests import tiny_world
 from tests.faults import scripted_world
@@ -79,7 +79,7 @@ async def test_a_warm_up_that_was_stopped_goes_on_to_the_step_and_ends_with_the_
         point, measured = ResumePoint.load(stopped / "run"), untrained(stopped)
         assert point is not None
         assert point.warm_up is not None
-        assert 2 <= point.warm_up.step <= 3
+        assert 2 <= point.warm_up <= 3
         assert kept_checkpoints(stopped / "run") == (), "weights in the middle of a warm-up are no result"
 
         second = await anyio.to_thread.run_sync(session, stopped, service, signal.SIGKILL, 4)

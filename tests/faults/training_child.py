@@ -51,9 +51,8 @@ def main(folder: Path, service: str, tokenizer: str, count: int, changes: dict[s
     held_out, warm_up = changes.pop("held_out", 0), changes.pop("warm_up", 0)
 
     async def train() -> None:
-        say("running")
         questions = scripted_world.questions()
-        result = await sr.train(
+        run = sr.train(
             questions[:count],
             scripted_world.make_search(folder / "index"),
             out_dir=folder / "run",
@@ -71,7 +70,8 @@ def main(folder: Path, service: str, tokenizer: str, count: int, changes: dict[s
                 warm_up=sr.WarmUp(steps=warm_up, batch_size=2) if warm_up else None,
             ),
         )
-        say("finished", result.steps)
+        say("running")  # from here on signals are the run's
+        say("finished", (await run).steps)
 
     say("awake")
     anyio.run(train)

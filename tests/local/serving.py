@@ -20,7 +20,7 @@ import anyio.to_thread
 import tinker
 from tinker import types
 
-from searchr1_async.local import scripted_backend
+from searchr1_async.local import process
 from searchr1_async.local.backend import Backend
 from searchr1_async.local.checkpoint_files import CheckpointStore
 from searchr1_async.local.scripted_backend import ScriptedBackend
@@ -186,12 +186,10 @@ def datum(tokens: list[int], **columns: list[float]) -> types.Datum:
     return types.Datum(model_input=types.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs)
 
 
-def read_log(path: Path) -> list[scripted_backend.Served]:
+def read_log(path: Path) -> list[process.Served]:
     """The requests in a scripted backend's ``latency_log``."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return [
-        scripted_backend.Served(
-            **row | {"sequences": tuple(scripted_backend.ServedSequence(**one) for one in row["sequences"])}
-        )
+        process.Served(**row | {"sequences": tuple(process.ServedSequence(**one) for one in row["sequences"])})
         for row in rows
     ]

@@ -116,20 +116,16 @@ def test_the_wheels_model_is_converted_once_even_by_racing_callers(
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(resolve_model, ["SmolLM2-135M-Instruct", models.DEFAULT_MODEL] * 2))
 
-    folders = {files.folder for files in found}
-    assert len(folders) == 1
-    (folder,) = folders
+    (folder,) = set(found)
     assert [entry.name for entry in folder.parent.iterdir()] == [folder.name], "no scratch folder is left behind"
     assert cache_folder() in folder.parents
     written = (folder / "model.safetensors").stat().st_mtime_ns
-    assert resolve_model("SmolLM2-135M-Instruct").folder == folder
+    assert resolve_model("SmolLM2-135M-Instruct") == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
 
 
 def test_a_folder_is_used_as_is(tiny: Path) -> None:
-    files = resolve_model(str(tiny))
-    assert files.folder == tiny.resolve()
-    assert files.name == str(tiny)
+    assert resolve_model(str(tiny)) == tiny.resolve()
 
 
 def test_a_missing_model_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ import pytest
 import tinker
 from tinker import types
 
-from searchr1_async.boundary.network import probe
+from searchr1_async.boundary.sdk import probe
 from searchr1_async.errors import (
     ConfigurationError,
     ModelError,

@@ -25,8 +25,9 @@ from searchr1_async.local.backend import (
     SampleResult,
     UserFault,
 )
-from searchr1_async.local.protocol import Body, MalformedRequest
+from searchr1_async.local.protocol import Body
 from searchr1_async.local.provenance import Provenance, Span
+from searchr1_async.local.replies import MalformedRequest
 from tests.local.serving import datum
 
 tokens = st.lists(st.integers(0, 2**31 - 1), min_size=2, max_size=20)

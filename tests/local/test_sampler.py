@@ -15,7 +15,7 @@ from searchr1_async.local.backend import InflightClient, LoraConfig, SampleReque
 from searchr1_async.local.lora import LoraLayout, LoraWeights
 from searchr1_async.local.runner import Owner
 from searchr1_async.local.sampler import ChoiceRule, Sampler, choose
-from searchr1_async.local.torch_backend import Engine, load_engine
+from searchr1_async.local.torch_models import Engine, load_engine
 from searchr1_async.testing import make_tiny_model
 
 PROMPT = np.random.default_rng(0).integers(3, 400, 20).astype(np.int32)

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from searchr1_async.local import scripted_model
+from searchr1_async.local import scripted_backend as scripted_model
 from searchr1_async.local.backend import AdamParams, Datum, LoraConfig, SampleRequest, UserFault
-from searchr1_async.local.scripted_backend import Latency, ScriptedBackend, TimedReply, TrainingTimes
-from searchr1_async.local.scripted_model import PrefixCache, Weights, logprobs_of
+from searchr1_async.local.process import Latency, TimedReply, TrainingTimes
+from searchr1_async.local.scripted_backend import PrefixCache, ScriptedBackend, Weights, logprobs_of
 from tests.local.serving import read_log, successors
 
 PROMPT = np.array([5, 6, 7], np.int32)
@@ -101,7 +101,7 @@ def test_samples_take_the_time_drawn_and_wait_for_a_free_place(backends: list[Sc
     for future in [backend.sample(None, SampleRequest(PROMPT)) for _ in range(6)]:
         future.result(DEADLINE)
     assert time.monotonic() - start >= 0.3
-    assert backend.latencies == [0.1] * 6
+    assert [request.seconds for request in backend.served] == [0.1] * 6
 
 
 def test_a_cancelled_sample_frees_its_place(backends: list[ScriptedBackend]) -> None:
@@ -258,7 +258,7 @@ def test_closing_fails_what_is_open_and_writes_the_log(tmp_path: Path) -> None:
     assert opened.cancelled()
     assert backend.sample(None, SampleRequest(PROMPT)).cancelled()
     assert read_log(tmp_path / "latencies") == backend.served
-    assert backend.latencies == [300.0]
+    assert [request.seconds for request in backend.served if request.kind == "sample"] == [300.0]
 
 
 def test_a_timed_reply_has_its_own_latency_and_label(backends: list[ScriptedBackend]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import signal
@@ -15,11 +16,9 @@ import pytest
 import tinker
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tinker import types
 from tinker.lib.experimental import ExperimentalWarning
-from tinker.types import SessionSearchRequest
 
-from searchr1_async.local.sessions import FOLDER, RecordStore, RunRecord, SessionRecord
+from searchr1_async.local.checkpoint_files import FOLDER, RecordStore, RunRecord, SessionRecord
 from tests.local.serving import KEY, Served, raw, rest, service_thread
 from tests.local.test_process import command, environment
 
@@ -36,12 +35,6 @@ async def session(served: Served, status: str = "success", **more: object) -> st
         if status:
             await client.ok(f"sessions/{id}/finish", {"reason": {"type": status}, "detail": "it is enough"})
         return id
-
-
-async def found(served: Served, **query: object) -> list[str]:
-    client = await rest(served)
-    page = await client.search_sessions(SessionSearchRequest.model_validate(query))
-    return [item.session_id for item in page.sessions]
 
 
 async def test_an_ended_session_is_listed_after_a_restart(tmp_path: Path) -> None:
@@ -68,48 +61,10 @@ async def test_an_ended_session_is_listed_after_a_restart(tmp_path: Path) -> Non
         assert (known.user_metadata, known.display_name) == ({"recipe": "sl"}, "nightly")
         (sampler,) = known.sampler_ids
         assert (await client.get_sampler(sampler)).model_path == path
-        (summary,) = (await client.search_sessions(SessionSearchRequest(session_id=id))).sessions
-        assert (summary.project_id, summary.owner, summary.checkpoints_count) == ("p", "local", 1)
-        assert isinstance(summary.status, types.ClientSessionFinished)
-        assert summary.status.reason.type == "errored"
-        assert summary.status.detail == "out of patience"
+        (run,) = (await client.list_training_runs(project_id="p")).training_runs
+        assert (run.training_run_id, run.model_owner) == (trainer.model_id, "local")
         with pytest.raises(tinker.NotFoundError):
             await client.get_session("none")
-
-
-async def test_searching(tmp_path: Path) -> None:
-    with service_thread(tmp_path) as served:
-        plain = await session(served)
-        named = await session(served, display_name="Nightly run of SL", user_metadata={"recipe": "sl", "try": "1"})
-        failed = await session(served, "errored", project_id="p", user_metadata={"recipe": "sl"})
-        alive = await session(served, "")
-        assert await found(served) == [alive, failed, named, plain]
-        assert await found(served, display_name="sl NIGHTLY") == [named]
-        assert await found(served, display_name="nightly rl") == []
-        assert await found(served, display_name="nightly", session_id=plain) == [named, plain]
-        assert await found(served, user_metadata={"recipe": "sl"}) == [failed, named]
-        assert await found(served, user_metadata={"recipe": "sl", "try": "1"}) == [named]
-        assert await found(served, project_ids=["p"]) == [failed]
-        assert await found(served, statuses=[{"type": "active"}]) == [alive]
-        finished = {"type": "client_finished", "reasons": ["errored"]}
-        assert await found(served, statuses=[finished, {"type": "active"}]) == [alive, failed]
-        assert await found(served, owner={"type": "user", "owner_urns": ["somebody"]}) == []
-        client = await rest(served)
-        await client.assign_session_project(plain, "p")
-        assert await found(served, project_ids=["p"]) == [failed, plain]
-        seen, query = [], SessionSearchRequest(limit=3)
-        while True:
-            page = await client.search_sessions(query)
-            seen.append([item.session_id for item in page.sessions])
-            if page.next_cursor is None:
-                break
-            query = query.model_copy(update={"cursor": page.next_cursor})
-        assert seen == [[alive, failed, named], [plain]]
-        async with raw(served.url) as other:
-            for wrong in ({"limit": 201}, {"statuses": 3}, {"owner": "me"}, {"cursor": {"last_session_id": "x"}}):
-                status, answer = await other.ask("sessions/search", wrong)
-                assert (status in (400, 422), bool(answer["detail"])) == (True, True), wrong
-            assert (await other.ask(f"sessions/{plain}/project", {}, method="PUT"))[0] == 400
 
 
 RUN = RunRecord("0123abcd:train:0", "some/model", 8, 100.5, {"renderer_name": "qwen3"})
@@ -141,7 +96,7 @@ json_values = st.recursive(
 @given(metadata=st.none() | st.dictionaries(st.text(), json_values, max_size=3), name=st.none() | st.text())
 def test_records_round_trip(metadata: dict[str, object] | None, name: str | None) -> None:
     run = RunRecord("0123abcd:train:7", "some/model", 8, 1.25, metadata)
-    session = SessionRecord("0123abcd", 1.5, metadata, name, run_ids=(run.id,), status={"type": "client_finished"})
+    session = SessionRecord("0123abcd", 1.5, metadata, name, run_ids=(run.id,))
     with tempfile.TemporaryDirectory() as folder:
         anyio.run(written, Path(folder), run, session)
         store = read(Path(folder))
@@ -157,6 +112,15 @@ async def test_a_corrupt_record_is_logged_and_the_others_are_read(
     store = read(tmp_path)
     assert (list(store.runs), list(store.sessions)) == ([RUN.id], [SESSION.id])
     assert str(damaged) in caplog.text
+
+
+async def test_records_of_older_versions_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    await written(tmp_path, SESSION)
+    path = tmp_path / FOLDER / f"{SESSION.id}.json"
+    ended = {"type": "client_finished", "reason": {"type": "success"}, "detail": None}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"status": ended}))
+    assert read(tmp_path).sessions == {SESSION.id: SESSION}
+    assert not caplog.records
 
 
 async def test_failed_writes_are_retried(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

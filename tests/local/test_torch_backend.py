@@ -26,7 +26,8 @@ from searchr1_async.local.backend import (
     UserFault,
 )
 from searchr1_async.local.lora import LoraAdapter
-from searchr1_async.local.torch_backend import TorchBackend, Turns, choose_dtype
+from searchr1_async.local.torch_backend import TorchBackend, Turns
+from searchr1_async.local.torch_models import choose_dtype
 from searchr1_async.testing import make_tiny_model
 
 WAIT = 60.0

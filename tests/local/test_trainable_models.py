@@ -1,4 +1,4 @@
-"""Results of training requests."""
+"""The order of a model's requests, and the results of training requests."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from typing import Any
 
 import anyio.to_thread
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from tinker import PromptProvenanceSpan, SampledProvenanceSpan, types
 
 from searchr1_async.local.backend import Backend
 from searchr1_async.local.scripted_backend import ScriptedBackend
 from searchr1_async.local.torch_backend import TorchBackend
+from searchr1_async.local.trainable_models import AlreadyTaken, NumberedQueue
 from searchr1_async.testing import make_tiny_model
 from tests.local.serving import datum, sdk, service_thread, successors
 
@@ -88,3 +92,106 @@ async def test_prompts_padded_with_zeros_learn_the_same(tmp_path: Path, make_bac
                 losses.append((await trainer.forward([example], "stable_reinforce")).metrics["loss:sum"])
     assert losses[0] != 0.0
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+@given(st.permutations(range(1, 30)))
+def test_any_order_of_arrival_gives_the_order_of_the_numbers(arrivals: list[int]) -> None:
+    queue: NumberedQueue[int] = NumberedQueue()
+    released = [item for number in arrivals for item in queue.offer(number, number, now=0.0)]
+    assert released == sorted(arrivals)
+    assert queue.deadline() is None
+
+
+def test_chunks_posted_with_the_first_one_last() -> None:
+    queue: NumberedQueue[str] = NumberedQueue()
+    assert queue.offer(2, "second", 0.0) == []
+    assert queue.offer(3, "third", 0.0) == []
+    assert queue.missing() == range(1, 2)
+    assert queue.offer(1, "first", 0.0) == ["first", "second", "third"]
+
+
+def test_a_number_is_taken_once() -> None:
+    queue: NumberedQueue[str] = NumberedQueue()
+    queue.offer(1, "ran", 0.0)
+    queue.offer(3, "waits", 0.0)
+    for number in (1, 3):
+        with pytest.raises(AlreadyTaken):
+            queue.offer(number, "again", 0.0)
+    assert queue.offer(2, "late", 0.0) == ["late", "waits"]
+
+
+def test_items_without_a_number_come_in_order_of_arrival() -> None:
+    queue: NumberedQueue[str] = NumberedQueue()
+    assert queue.offer(None, "a", 0.0) == ["a"]
+    assert queue.offer(3, "c", 0.0) == []
+    assert queue.offer(None, "d", 0.0) == []
+    assert queue.offer(2, "b", 0.0) == ["b", "c", "d"]
+
+
+def test_waiting_for_a_missing_number_ends() -> None:
+    queue: NumberedQueue[str] = NumberedQueue(patience=10.0)
+    queue.offer(1, "ran", 0.0)
+    queue.offer(4, "d", 5.0)
+    queue.offer(3, "c", 6.0)
+    assert queue.deadline() == 15.0
+    assert queue.give_up(14.9) == (range(0), [])
+    assert queue.give_up(15.0) == (range(2, 3), ["c", "d"])
+    with pytest.raises(AlreadyTaken):
+        queue.offer(2, "too late", 16.0)
+    assert queue.offer(5, "e", 16.0) == ["e"]
+
+
+def test_progress_restarts_the_patience() -> None:
+    queue: NumberedQueue[str] = NumberedQueue(patience=10.0)
+    queue.offer(2, "b", 0.0)
+    queue.offer(4, "d", 1.0)
+    assert queue.offer(1, "a", 8.0) == ["a", "b"]
+    assert queue.deadline() == 18.0
+
+
+def test_draining_returns_waiting_items() -> None:
+    queue: NumberedQueue[str] = NumberedQueue()
+    queue.offer(3, "c", 0.0)
+    queue.offer(2, "b", 0.0)
+    assert queue.drain() == ["b", "c"]
+    assert queue.deadline() is None
+
+
+class QueueMachine(RuleBasedStateMachine):
+    """Every item is either released once, in increasing order, or dropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue: NumberedQueue[int] = NumberedQueue(patience=5.0)
+        self.now = 0.0
+        self.taken: set[int] = set()
+        self.released: list[int] = []
+        self.dropped: set[int] = set()
+
+    @rule(number=st.integers(1, 20), wait=st.floats(0, 4))
+    def offer(self, number: int, wait: float) -> None:
+        self.now += wait
+        over = number in self.taken or number < self.queue.next_number
+        try:
+            self.released += self.queue.offer(number, number, self.now)
+        except AlreadyTaken:
+            assert over
+        else:
+            assert not over
+            self.taken.add(number)
+
+    @rule(wait=st.floats(0, 8))
+    def give_up(self, wait: float) -> None:
+        self.now += wait
+        _, dropped = self.queue.give_up(self.now)
+        self.dropped.update(dropped)
+
+    @invariant()
+    def nothing_is_lost_or_out_of_order(self) -> None:
+        assert self.released == sorted(set(self.released))
+        waiting = self.taken - set(self.released) - self.dropped
+        assert (self.queue.deadline() is not None) == bool(waiting)
+        assert all(number >= self.queue.next_number for number in waiting)
+
+
+TestQueueMachine = QueueMachine.TestCase

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from searchr1_async.local.lora import onednn_available
+from searchr1_async.local.compat import has_onednn
 from searchr1_async.local.transformer import (
     LeanTransformer,
     TreeAttention,
@@ -60,7 +60,7 @@ def test_logits_are_those_of_transformers(variant: str, tmp_path: Path) -> None:
     assert is_lean(config)
     weights = read_safetensors(folder)
     assert weights is not None
-    model = LeanTransformer(config, weights, packed=onednn_available())
+    model = LeanTransformer(config, weights, packed=has_onednn())
     generator = torch.Generator().manual_seed(0)
     shared = torch.randint(3, 400, (20,), generator=generator)
     sequences = [torch.cat([shared, torch.randint(3, 400, (length,), generator=generator)]) for length in (1, 30, 7)]

@@ -10,8 +10,8 @@ import pytest
 import searchr1_async as sr
 from notebooks import execute
 from searchr1_async.config import RECIPE
+from searchr1_async.config.concerns import DEFAULT_RANK
 from searchr1_async.models import find_model
-from searchr1_async.training.start import DEFAULT_RANK
 from tests.notebooks import small
 
 

@@ -12,7 +12,7 @@ from nbformat import NotebookNode
 
 from notebooks import execute
 from searchr1_async.records.run_records import RunRecords
-from searchr1_async.runs.checkpoints import ResumePoint
+from searchr1_async.runs.resume import ResumePoint
 from tests.notebooks import small
 
 

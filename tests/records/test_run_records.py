@@ -20,9 +20,9 @@ from searchr1_async.episodes.table import (
     episodes_frame,
     storable,
 )
-from searchr1_async.episodes.types import Episode, Group, Passage, Question, SearchCall, StopReason, Turn
+from searchr1_async.episodes.types import Episode, Group, GroupOutcome, Passage, Question, SearchCall, StopReason, Turn
 from searchr1_async.errors import RunFolderError
-from searchr1_async.records.run_records import GroupOutcome, RunRecords
+from searchr1_async.records.run_records import RunRecords
 from tests.watch.builders import HOSTILE, answering_turn, episode, group, malformed_turn, question
 
 

@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 from searchr1_async.episodes.types import Episode, Passage, SearchCall, StopReason, Turn
-from searchr1_async.records.scores import METRICS, OUTCOMES, SCORE_SCHEMA, score_frame
+from searchr1_async.records.scores import OUTCOMES, SCORE_SCHEMA, SCORES, score_frame
 from tests.watch.builders import HOSTILE, answering_turn, episode, malformed_turn, question, searching_turn
 
 SEEN, UNSEEN = searching_turn(), searching_turn("Nothing of the kind.")
@@ -39,12 +39,12 @@ def test_a_row_has_what_was_asked_said_and_spent() -> None:
 
 def test_scores_are_the_rewards_parts_and_computed_where_one_is_missing_or_no_number() -> None:
     given = episode(parts={"cover": 0.5, "format": 0.25})
-    assert [row(given)[name] for name in METRICS] == [1.0, 1.0, 0.5, 0.25]
+    assert [row(given)[name] for name in SCORES] == [1.0, 1.0, 0.5, 0.25]
     computed = row(answering("in the Paris area"))
-    assert [computed[name] for name in METRICS] == [0.0, pytest.approx(0.5), 1.0, 1.0]
+    assert [computed[name] for name in SCORES] == [0.0, pytest.approx(0.5), 1.0, 1.0]
     broken = replace(answering("Paris"), reward_parts={"correct": math.nan, "f1": math.inf, "cover": 1.0})
-    assert [row(broken)[name] for name in METRICS] == [1.0, 1.0, 1.0, 1.0]
-    assert [row(answering(None))[name] for name in METRICS] == [0.0, 0.0, 0.0, 0.0]
+    assert [row(broken)[name] for name in SCORES] == [1.0, 1.0, 1.0, 1.0]
+    assert [row(answering(None))[name] for name in SCORES] == [0.0, 0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_recall_of_the_passages_that_a_question_names(gold: object, recall: floa
 
 def test_a_failed_episode_has_no_scores_and_still_a_row() -> None:
     found = row(episode(stop_reason=StopReason.FAILED, turns=()))
-    assert [found[name] for name in METRICS] == [None] * 4
+    assert [found[name] for name in SCORES] == [None] * 4
     assert (found["failed"], found["stop_reason"], found["turns"], found["prompt_tokens"]) == (True, "failed", 0, 0)
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,9 +13,7 @@ from searchr1_async.errors import ConfigurationError
 from searchr1_async.records.statistics import (
     difference_intervals,
     difference_of,
-    holm_correction,
-    macro_difference_intervals,
-    macro_interval,
+    holm_adjusted,
     mcnemar_p_value,
     mean_interval,
     mean_intervals,
@@ -184,12 +183,12 @@ def test_other_figures_than_scores_have_students_interval() -> None:
 
 def test_a_macro_average_weighs_suites_alike_and_each_brings_its_own_width() -> None:
     large, small = [1.0, 0.0] * 5000, [0.0] * 50
-    low, high = macro_interval([large, small])
+    low, high = mean_interval(large, small)
     assert low < 0.25 < high
     assert high - 0.25 == pytest.approx(wilson_interval(0, 50).high / 2, rel=0.05)
-    assert macro_interval([large, [], small]) == (low, high)
-    assert macro_interval([small]) == pytest.approx(wilson_interval(0, 50))
-    assert all(map(math.isnan, macro_interval([[], []])))
+    assert mean_interval(large, [], small) == (low, high)
+    assert mean_interval(small) == pytest.approx(wilson_interval(0, 50))
+    assert all(map(math.isnan, mean_interval([], [])))
 
 
 def test_pass_at_k_is_chens_estimator() -> None:
@@ -221,8 +220,8 @@ def test_the_interval_of_a_difference_is_students_where_questions_are_many() -> 
     low, high = difference_intervals(difference)
     half = 1.96 * difference.std() / math.sqrt(4000)
     assert (low, high) == pytest.approx((difference.mean() - half, difference.mean() + half), abs=1e-3)
-    assert macro_difference_intervals([difference]) == pytest.approx((low, high))
-    both_low, both_high = macro_difference_intervals([difference, difference])
+    assert difference_intervals(difference) == pytest.approx((low, high))
+    both_low, both_high = difference_intervals(difference, difference)
     assert both_high - both_low == pytest.approx((high - low) / math.sqrt(2))
 
 
@@ -240,12 +239,13 @@ def test_differences_of_many_questions_are_as_cheap_as_of_few() -> None:
 
 
 def test_holms_correction_of_several_comparisons() -> None:
-    assert holm_correction([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm_correction([0.9, 0.8]) == [1.0, 1.0]
-    assert holm_correction([]) == []
-    adjusted = holm_correction([0.01, math.nan])
-    assert adjusted[0] == 0.01
-    assert math.isnan(adjusted[1])
+    def adjusted(*p_values: float) -> list[float]:
+        return pl.DataFrame({"p": p_values}, schema={"p": pl.Float64}).select(holm_adjusted("p"))["p"].to_list()
+
+    assert adjusted(0.01, 0.04, 0.03, 0.005) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert adjusted(0.9, 0.8) == [1.0, 1.0]
+    assert adjusted(0.02, 0.02) == [0.04, 0.04]
+    assert adjusted() == []
 
 
 # --- simulation -------------------------------------------------------------------------------------------------------

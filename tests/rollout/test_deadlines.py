@@ -11,8 +11,8 @@ import pytest
 
 from searchr1_async.boundary.waits import PausableDeadlines
 from searchr1_async.config import EpisodeLimits
-from searchr1_async.episodes.chatml import ChatMLRenderer
 from searchr1_async.episodes.formats import TagsDialect
+from searchr1_async.episodes.rendering import ChatMLRenderer
 from searchr1_async.episodes.types import Episode, Question, StopReason
 from searchr1_async.rollout.gate import SampleGate
 from searchr1_async.rollout.player import GroupTask, LocalPlayer

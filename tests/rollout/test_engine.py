@@ -10,9 +10,9 @@ import anyio
 import pytest
 
 from searchr1_async.config import EpisodeLimits, SamplingSettings
-from searchr1_async.episodes.chatml import ChatMLRenderer
 from searchr1_async.episodes.formats import Dialect, TagsDialect
-from searchr1_async.episodes.reward import RecipeReward
+from searchr1_async.episodes.rendering import ChatMLRenderer
+from searchr1_async.episodes.rewards import RecipeReward
 from searchr1_async.episodes.types import Episode, Group, Question, StopReason
 from searchr1_async.errors import RewardError, SearchError, TooManyFailuresError
 from searchr1_async.rollout.engine import GroupToPlay, RolloutEngine

@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from searchr1_async.billing import TokenUsage
-from searchr1_async.local.scripted_backend import Latency, ScriptedBackend
+from searchr1_async.local.process import Latency
+from searchr1_async.local.scripted_backend import ScriptedBackend
 from searchr1_async.rollout.event_loop import PulseReading
-from searchr1_async.rollout.first_turn import Sharing, SharingSettings
 from searchr1_async.rollout.gate import SampleGate, gate_metrics
 from searchr1_async.rollout.limit import Cause, LimitSettings, SampleLimit
 from tests.local.serving import sdk, service_thread, successors
@@ -307,7 +307,7 @@ async def test_it_counts_what_went_through() -> None:
     statistics = gate.statistics
     # A prompt is read once and cached for the other samples; sent requests count, answered or not.
     assert statistics.usage == TokenUsage(prompt=2 * 100 + 4 * 10 + 1, cached=64 + 100 + 3 * 10, sampled=7)
-    assert (statistics.samples, statistics.tokens, statistics.failed) == (2, 7, 4)
+    assert (statistics.samples, statistics.usage.sampled, statistics.failed) == (2, 7, 4)
     assert statistics.cause is Cause.WORK
     assert gate_metrics([statistics])["rollout/limited_by/work"] == 1.0
     assert is_empty(gate)
@@ -329,16 +329,12 @@ async def test_the_limit_grows_by_what_comes_back_while_others_wait() -> None:
     assert now() - began == pytest.approx(4.0, abs=0.01), "8, 16, 32 and 64 at once"
 
 
-async def test_a_saturated_process_holds_the_limit_and_shares_first_turns() -> None:
-    gate = gate_of(8, sharing=Sharing(SharingSettings(first_probes=1)))
-    assert not gate.is_sharing_worth_it(8), "a probe"
+async def test_a_saturated_process_holds_the_limit() -> None:
+    gate = gate_of(8)
     gate.client_is(PulseReading(1.0, 0.001, 0.002, 0.003, cpu=0.95))
     await anyio.sleep(3)
     assert gate.statistics.saturated_seconds == pytest.approx(3.0)
     assert gate.statistics.cause is Cause.CLIENT
-    assert gate.is_sharing_worth_it(8)
-    assert gate.statistics.groups == 2
-    assert gate.statistics.split_groups == 1
 
 
 def test_the_way_through_costs_microseconds_where_there_is_room() -> None:
@@ -416,5 +412,5 @@ async def test_a_paused_gate_lets_nobody_in_and_then_goes_on_in_order() -> None:
         assert order[1:] == ["latest turn", "later turn"]
         assert not gate.statistics.is_paused
     assert order[-1] == "first turn"
-    assert gate.statistics.prompt_tokens == 40
+    assert gate.statistics.usage.prompt == 40
     assert is_empty(gate)

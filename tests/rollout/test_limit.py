@@ -125,7 +125,7 @@ def test_push_backs_take_it_to_its_least_and_no_further() -> None:
     for second in range(0, 200, 2):
         for flight in filled(limit, float(second)):
             limit.pushed_back(float(second))
-            limit.abandoned(flight)
+            limit.ended(flight)
     assert limit.limit == 8
 
 
@@ -159,7 +159,7 @@ def test_a_request_larger_than_the_limit_goes_alone() -> None:
     assert limit.may_begin(8)
     flight = limit.begin(0.0, 8)
     assert not limit.may_begin(1)
-    limit.failed(flight)
+    limit.ended(flight)
     assert limit.may_begin(4)
 
 
@@ -208,7 +208,7 @@ class Limits(RuleBasedStateMachine):
             assert len(self.flights) <= 20
 
     @precondition(lambda self: self.flights)
-    @rule(data=st.data(), how=st.sampled_from(["finished", "failed", "abandoned"]), is_short=st.booleans())
+    @rule(data=st.data(), how=st.sampled_from(["finished", "ended"]), is_short=st.booleans())
     def end(self, data: st.DataObject, how: str, is_short: bool) -> None:
         flight = self.flights.pop(data.draw(st.integers(0, len(self.flights) - 1)))
         before = self.limit.limit

@@ -10,7 +10,7 @@ import pytest
 
 from searchr1_async.config import EpisodeLimits, SamplingSettings
 from searchr1_async.episodes.formats import make_dialect
-from searchr1_async.episodes.reward import RecipeReward
+from searchr1_async.episodes.rewards import RecipeReward
 from searchr1_async.episodes.types import Episode, Group, Question, SearchCall, StopReason
 from searchr1_async.errors import SearchError
 from searchr1_async.records.metrics import answer_in_passage, group_metrics, passages_shown

@@ -10,9 +10,9 @@ import pytest
 
 from searchr1_async.billing import TokenUsage
 from searchr1_async.events import Event, RolloutSampled
-from searchr1_async.rollout.engine import SEARCH_EVERY, TELL_EVERY, PlayReading, PlayTally, counted
+from searchr1_async.rollout.engine import SEARCH_EVERY, TELL_EVERY, Telemetry, counted
 from searchr1_async.rollout.event_loop import PulseReading
-from searchr1_async.rollout.gate import SampleGate
+from searchr1_async.rollout.gate import GateStatistics, SampleGate
 from searchr1_async.rollout.limit import LimitSettings, SampleLimit
 from searchr1_async.testing import DictSearch
 from tests.virtual_time import VirtualTimeLoop
@@ -31,19 +31,31 @@ class SlowSearch(DictSearch):
         return await super().search(queries)
 
 
+class Here:
+    """This process, beside workers that are gone."""
+
+    gone = TokenUsage(1000, 300, 2000)
+
+    def __init__(self, gate: SampleGate) -> None:
+        self._gate = gate
+
+    @property
+    def gates(self) -> list[GateStatistics]:
+        return [self._gate.statistics]
+
+
 async def test_it_says_where_every_episode_is() -> None:
     told: list[Event] = []
     gate = SampleGate(
         SampleLimit(LimitSettings(first=2, least=2, most=2)), clock=lambda: asyncio.get_running_loop().time()
     )
-    tally = PlayTally(groups=2, episodes=6, finished=3)
     searched = [0.0]
 
     def search_metrics() -> dict[str, float]:
         searched[0] += 1
         return {"search/calls": searched[0]}
 
-    reading = PlayReading(told.append, tally, search_metrics)
+    reading = Telemetry(told.append, search_metrics, groups=2, episodes=6, finished=3)
     reading.pulse = PulseReading(1.0, 0.001, 0.02, 0.03, 0.5)
 
     async def sample() -> None:
@@ -54,9 +66,9 @@ async def test_it_says_where_every_episode_is() -> None:
     async with anyio.create_task_group() as tasks:
         for _ in range(3):
             tasks.start_soon(sample)
-        tasks.start_soon(counted(SlowSearch(), tally), ["where"])
+        tasks.start_soon(counted(SlowSearch(), reading), ["where"])
         await anyio.sleep(1e-6)
-        tasks.start_soon(reading.tell, lambda: reading.read([gate.statistics], TokenUsage(1000, 300, 2000)))
+        tasks.start_soon(reading.tell, Here(gate))
         await anyio.sleep(TELL_EVERY * SEARCH_EVERY * 1.5)
         first = told[0]
         assert isinstance(first, RolloutSampled)
@@ -82,7 +94,7 @@ async def test_a_search_that_fails_is_over() -> None:
         async def search(self, queries: Any) -> Any:
             raise ValueError("broken")
 
-    tally = PlayTally()
+    telemetry = Telemetry()
     with pytest.raises(ValueError, match="broken"):
-        await counted(Broken(), tally)(["where"])
-    assert tally.searching == 0
+        await counted(Broken(), telemetry)(["where"])
+    assert telemetry.searching == 0

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
@@ -99,6 +100,7 @@ def test_the_precision_of_the_base_is_kept(tmp_path: Path) -> None:
         ({"model.layers.9.self_attn.q_proj": (96, 96)}, "no weight for model.layers.9"),
         ({Q: (96, 95)}, "it is a different model"),
         ({Q: (48, 96)}, r"has shape \[48, 96\]"),
+        ({"lm_head": (8, 96), "model.unembed_tokens": (8, 96)}, "two modules of the adapter change lm_head.weight"),
     ],
 )
 def test_an_adapter_of_another_model_is_refused(
@@ -109,11 +111,22 @@ def test_an_adapter_of_another_model_is_refused(
         merge(base, read_adapter(make_adapter(tmp_path / "adapter", shapes)), tmp_path / "merged")
 
 
+def test_a_full_disk_is_an_error_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    base = make_tiny_model(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", {Q: (96, 96)})
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        merge(base, read_adapter(adapter), tmp_path / "merged")
+
+
 def test_a_base_without_safetensors_is_refused(tmp_path: Path) -> None:
     base = make_tiny_model(tmp_path / "base")
     (base / "model.safetensors").unlink()
     adapter = make_adapter(tmp_path / "adapter", {Q: (96, 96)})
-    with pytest.raises(ExportError, match="needs weights as safetensors"):
+    with pytest.raises(ExportError, match="as safetensors"):
         merge(base, read_adapter(adapter), tmp_path / "merged")
 
 
@@ -122,13 +135,13 @@ def test_an_adapter_of_another_form_is_refused(tmp_path: Path) -> None:
         read_adapter(make_adapter(tmp_path / "dora", {Q: (96, 96)}, use_dora=True))
     odd = make_adapter(tmp_path / "odd", {Q: (96, 96)})
     save_file({f"base_model.model.{Q}.lora_A.weight": torch.zeros(4, 96)}, odd / "adapter_model.safetensors")
-    with pytest.raises(ExportError, match="lacks one of the two matrices"):
+    with pytest.raises(ExportError, match="has no pairs of LoRA matrices"):
         read_adapter(odd)
     save_file({"base_model.model.experts.lora_A.weight": torch.zeros(2, 4, 96)}, odd / "adapter_model.safetensors")
-    with pytest.raises(ExportError, match="not a LoRA matrix of a linear layer"):
+    with pytest.raises(ExportError, match="has no pairs of LoRA matrices"):
         read_adapter(odd)
     save_file({}, odd / "adapter_model.safetensors")
-    with pytest.raises(ExportError, match="has no matrices"):
+    with pytest.raises(ExportError, match="has no pairs of LoRA matrices"):
         read_adapter(odd)
     (odd / "adapter_config.json").write_text("{}")
     with pytest.raises(ExportError, match="cannot be read"):

@@ -67,14 +67,15 @@ async def test_an_answer_has_rich_display(trained: TrainedRun) -> None:
     question = held_out()
     answer = await sr.open_run(trained.folder).ask(question.question, service=url())
     found, query = question.golden_answers[0], question.metadata["search_queries"][0]
-    assert repr(answer) == f"Answer({question.question!r}: {found!r}, 1 search)"
+    assert repr(answer) == f"Answer({question.question!r}: {found!r}, searches=1)"
     shown = answer._repr_mimebundle_()
     assert shown["text/plain"] == str(answer)
-    for text in shown.values():
-        for expected in (question.question, query, f"{query} {found}", "not scored", "it gave its answer"):
-            assert expected in text
-        for foreign in ("golden answer:", "✗", "✓", "reward"):
-            assert foreign not in text
+    assert "<iframe" in shown["text/html"]
+    for expected in (question.question, query, f"{query} {found}", "not scored", "it gave its answer"):
+        assert expected in shown["text/plain"]
+        assert expected in shown["text/html"], "as text, for viewers that show no frame"
+    for foreign in ("golden answer:", "✗", "✓", "reward"):
+        assert foreign not in shown["text/plain"]
     assert f"answer: {found}" in str(answer)
 
 
@@ -160,11 +161,11 @@ async def test_weights_on_another_kind_of_service_are_refused_first(
     copy = tmp_path / "run"
     shutil.copytree(trained.folder, copy)
     monkeypatch.delenv(SERVICE_KEY)
-    with pytest.raises(sr.errors.ConfigurationError, match="pass that service=…, or set TINKER_API_KEY"):
+    with pytest.raises(sr.errors.ConfigurationError, match="pass service=…, or set TINKER_API_KEY"):
         await sr.ask("river of mirin?", checkpoint=copy)
     (copy / "service").mkdir()
     monkeypatch.setenv(SERVICE_KEY, "tml-some-key")
-    with pytest.raises(sr.errors.ConfigurationError, match="unset them, or pass service=") as caught:
+    with pytest.raises(sr.errors.ConfigurationError, match="pass service=…, or unset TINKER_API_KEY") as caught:
         await sr.ask("river of mirin?", checkpoint=copy)
     assert "some-key" not in str(caught.value)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import Any
 
 import anyio
@@ -116,16 +117,14 @@ async def test_ask_waits_for_the_run_and_ends_with_it() -> None:
         await anyio.sleep_forever()
 
     async def ask(put: Any) -> None:
-        told.append(await control.ask(put))
+        told.append(await control.answers.use(put))
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(ask, at_once)
         tasks.start_soon(ask, never)
         await anyio.sleep(1)
         assert told == []
-        assert not control.is_answering
         with control.answering(answers):
-            assert control.is_answering
             await anyio.sleep(1)
             assert told == ["an answer"]
         await anyio.sleep(1)
@@ -135,7 +134,35 @@ async def test_ask_waits_for_the_run_and_ends_with_it() -> None:
         assert len(told) == 2
         control.end()
     assert told == ["an answer", None, None]
-    assert await control.ask(at_once) is None
+    assert await control.answers.use(at_once) is None
+
+
+async def test_a_run_waits_for_the_users_of_its_service_unless_it_fails() -> None:
+    service: Any = object()
+    for fails in (False, True):
+        control, told = RunControl(), []
+
+        async def export(given: Any) -> str:
+            await anyio.sleep(10)
+            return "exported"
+
+        async def use(own: RunControl = control, results: list[Any] = told) -> None:
+            results.append(await own.service.use(export))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(use)
+            began = anyio.current_time()
+            with suppress(ZeroDivisionError):
+                async with control.serving(service):
+                    await anyio.sleep(1)
+                    if fails:
+                        _ = 1 / 0
+            assert anyio.current_time() - began == pytest.approx(1 if fails else 10)
+            tasks.start_soon(use)  # too late
+            await anyio.sleep(1)
+            assert told == [None if fails else "exported"]
+            control.end()
+        assert told[1:] == [None]
 
 
 async def test_a_run_is_paused_while_any_reason_remains() -> None:

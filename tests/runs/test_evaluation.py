@@ -2,15 +2,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import polars as pl
 import pytest
 
 from searchr1_async.episodes.types import StopReason
 from searchr1_async.errors import ConfigurationError
-from searchr1_async.records.scores import METRICS
-from searchr1_async.records.statistics import macro_interval, mean_interval, wilson_interval
+from searchr1_async.records.scores import SCORES
+from searchr1_async.records.statistics import mean_interval, wilson_interval
 from searchr1_async.runs.evaluation import Evaluation, compare, flips
 from tests.watch.builders import answering_turn, episode, malformed_turn, question, searching_turn
 
@@ -55,7 +54,6 @@ def test_failed_episodes_are_counted_and_otherwise_left_out() -> None:
     bad = episode(question("q2"), stop_reason=StopReason.FAILED, turns=())
     found = Evaluation.of("x", (good, bad))
     assert (found.failed, found.questions, found.exact_match, found.turns_per_episode) == (1, 2, 1.0, 2.0)
-    assert found.stop_fractions["stop/failed"] == 0.5
 
 
 def test_figures_of_nothing_are_nan() -> None:
@@ -64,7 +62,6 @@ def test_figures_of_nothing_are_nan() -> None:
     for value in (empty.exact_match, empty.f1, empty.turns_per_episode, empty.valid_call_fraction, low):
         assert math.isnan(value)
     assert empty.samples_per_question == 0
-    assert empty.to_frame().height == 0
     silent = Evaluation.of("silent", (episode(turns=(answering_turn(),)),))
     assert math.isnan(silent.valid_call_fraction)
 
@@ -72,14 +69,6 @@ def test_figures_of_nothing_are_nan() -> None:
 def test_calls_that_could_not_be_read_lower_the_valid_fraction() -> None:
     found = Evaluation.of("x", (episode(turns=(searching_turn(), malformed_turn())), episode()))
     assert found.valid_call_fraction == pytest.approx(2 / 3)
-
-
-def test_parts_by_suite_and_by_hop() -> None:
-    found = evaluation("x", [1.0, 0.0, 1.0, 0.0], step=5)
-    assert {name: part.exact_match for name, part in found.by_data_source.items()} == {"hotpot": 1.0, "nq": 0.0}
-    assert {name: part.exact_match for name, part in found.by_hop.items()} == {"1": 1.0, "2": 0.0}
-    assert Evaluation.of("none", (episode(),)).by_hop == {}
-    assert (found.label, found.step, found.exact_match) == ("x", 5, 0.5)
 
 
 def test_two_evaluations_are_paired_by_question_whatever_their_order() -> None:
@@ -107,24 +96,6 @@ def test_evaluations_of_other_questions_are_not_compared() -> None:
         compare(evaluation("a", [1.0, 1.0]), evaluation("b", [1.0]))
 
 
-def test_the_frame_has_one_row_an_episode() -> None:
-    frame = evaluation("after RL", [1.0, 0.0], step=3).to_frame()
-    assert frame["label"].to_list() == ["after RL"] * 2
-    assert frame["step"].to_list() == [3, 3]
-    assert frame["correct"].to_list() == [1.0, 0.0]
-
-
-def test_its_episodes_are_a_page_and_show_themselves_in_a_cell(tmp_path: Path) -> None:
-    found = evaluation("untrained <b>", [1.0, 0.0])
-    path = found.view(tmp_path / "page.html")
-    assert path == tmp_path / "page.html"
-    page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "Episodes of untrained &lt;b&gt;" in page
-    shown = found.view()._repr_html_()  # type: ignore[union-attr]
-    assert shown.startswith("<iframe")
-    assert "<b>" not in shown
-
-
 # --- several suites ---------------------------------------------------------------------------------------------------
 
 
@@ -145,11 +116,10 @@ def test_estimates_over_all_questions_of_a_suite_and_over_suites() -> None:
     found = two_suites()
     assert found.estimate("exact_match", "large") == (1 / 8, *mean_interval([1.0] + [0.0] * 7))
     assert found.estimate("exact_match").mean == found.estimate("exact_match", "all").mean == pytest.approx(3 / 10)
-    assert found.macro == found.estimate("exact_match", "macro")
-    assert found.macro.mean == pytest.approx((1 / 8 + 1) / 2)
-    assert found.macro[1:] == pytest.approx(macro_interval([[1.0] + [0.0] * 7, [1.0] * 2]))
+    assert found.estimate("exact_match", "macro").mean == pytest.approx((1 / 8 + 1) / 2)
+    assert found.estimate("exact_match", "macro")[1:] == pytest.approx(mean_interval([1.0] + [0.0] * 7, [1.0] * 2))
     assert found.estimate("turns").mean == 2.0
-    assert (found.f1, found.format, found.cover_match) == (pytest.approx(0.3), 1.0, pytest.approx(0.3))
+    assert found.f1 == found.estimate("cover_match").mean == pytest.approx(0.3)
     for wrong in (("reward", None), ("exact_match", "nq")):
         with pytest.raises(ConfigurationError, match=r"reward|nq"):
             found.estimate(*wrong)
@@ -158,7 +128,7 @@ def test_estimates_over_all_questions_of_a_suite_and_over_suites() -> None:
 def test_the_summary_has_every_score_of_every_suite_and_over_them() -> None:
     summary = two_suites().summary()
     assert summary["suite"].unique(maintain_order=True).to_list() == ["large", "small", "all", "macro"]
-    assert summary.filter(suite="macro")["metric"].to_list() == list(METRICS)
+    assert summary.filter(suite="macro")["metric"].to_list() == list(SCORES)
     row = summary.row(by_predicate=(pl.col("suite") == "large") & (pl.col("metric") == "exact_match"), named=True)
     assert (row["mean"], row["questions"], row["episodes"]) == (1 / 8, 8, 9)
     assert summary.filter(suite="all", metric="f1")["episodes"].to_list() == [12]
@@ -175,8 +145,7 @@ def test_a_suite_of_failures_alone_is_nan_and_left_out_of_the_macro_average() ->
     lost = [episode(question(f"q{n}", "lost"), stop_reason=StopReason.FAILED, turns=()) for n in range(2)]
     found = Evaluation.of("x", [*two_suites().episodes, *lost])
     assert math.isnan(found.estimate("exact_match", "lost").mean)
-    assert math.isnan(found.by_data_source["lost"].exact_match_interval.low)
-    assert found.macro == two_suites().macro
+    assert found.estimate("exact_match", "macro") == two_suites().estimate("exact_match", "macro")
     assert math.isnan(found.summary().filter(suite="lost")["mean"][0])
     assert found.outcomes().filter(suite="lost", outcome="failed")["episodes"].to_list() == [2]
     assert found.metrics()["questions"] == 12.0
@@ -192,7 +161,6 @@ def test_one_of_k_samples_and_the_mean_of_k() -> None:
     assert found.pass_at(4) == (pytest.approx(2 / 3), *mean_interval([1.0, 0.0, 1.0]))
     assert found.avg_at(1).mean == pytest.approx(2 / 4)
     assert found.avg_at(2).mean == pytest.approx((1 / 2 + 0 + 1 + 1 / 2) / 4)
-    assert found.avg_at_k.mean == pytest.approx(found.exact_match)
     for k in (0, 5):
         with pytest.raises(ConfigurationError, match="samples=k"):
             found.pass_at(k)
@@ -214,18 +182,18 @@ def test_outcomes_tell_the_searchs_failures_from_the_readers() -> None:
 
 def test_costs_of_an_episode_and_of_a_question_with_all_its_samples() -> None:
     costs = two_suites().costs()
-    row = costs.row(by_predicate=(pl.col("suite") == "small") & (pl.col("cost") == "seconds"), named=True)
-    assert (row["questions"], row["episodes"], row["total"], row["mean"], row["p95"]) == (2, 3, 7.5, 2.5, 2.5)
-    assert (row["question_mean"], row["question_median"]) == (3.75, 3.75)
-    assert costs.filter(suite="all", cost="turns")["total"].to_list() == [24.0]
+    row = costs.row(by_predicate=pl.col("suite") == "small", named=True)
+    assert (row["questions"], row["episodes"], row["seconds"], row["seconds_p95"]) == (2, 3, 3.75, 2.5)
+    overall = costs.row(by_predicate=pl.col("suite") == "all", named=True)
+    assert overall["turns"] * overall["questions"] == 24.0
     nothing = Evaluation.of("x", [episode(stop_reason=StopReason.FAILED, turns=())])
     assert nothing.costs().height == 0
 
 
 def test_recall_of_the_gold_passages() -> None:
     known, unknown = question("a", gold_passages=["p1", "p2"]), question("b")
-    assert Evaluation.of("x", [episode(known), episode(unknown)]).gold_recall == 0.5
-    assert math.isnan(Evaluation.of("x", [episode(unknown)]).gold_recall)
+    assert Evaluation.of("x", [episode(known), episode(unknown)]).estimate("gold_recall").mean == 0.5
+    assert math.isnan(Evaluation.of("x", [episode(unknown)]).estimate("gold_recall").mean)
 
 
 def test_scores_without_episodes_have_every_figure_and_say_what_they_lack() -> None:
@@ -233,11 +201,8 @@ def test_scores_without_episodes_have_every_figure_and_say_what_they_lack() -> N
     bare = Evaluation("x", whole.scores)
     assert bare.metrics() == whole.metrics()
     assert bare.summary().equals(whole.summary())
-    for lacking in (lambda: bare.episodes, bare.view, bare.to_frame, lambda: bare.by_data_source["large"].episodes):
-        with pytest.raises(ConfigurationError, match="out_dir"):
-            lacking()
-    assert len(whole.by_data_source["large"].episodes) == 9
-    assert len(whole.finished) == 12
+    with pytest.raises(ConfigurationError, match="out_dir"):
+        _ = bare.episodes
 
 
 # --- comparison -------------------------------------------------------------------------------------------------------

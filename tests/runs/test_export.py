@@ -22,9 +22,9 @@ from tinker import types
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import searchr1_async as sr
-from searchr1_async.cli.main import main
+from searchr1_async.cli import main
 from searchr1_async.events import Event, Notice, StepFinished
-from searchr1_async.runs.checkpoints import KeptCheckpoint, ResumePoint
+from searchr1_async.runs.resume import KeptCheckpoint, ResumePoint
 from tests import tiny_world
 
 pytestmark = pytest.mark.anyio
@@ -159,7 +159,7 @@ async def test_an_adapter_of_a_step_is_a_peft_folder(finished: sr.runs.RecordedR
     assert len(load_file(folder / "adapter_model.safetensors")) == 2 * (2 * 7 + 1)
     card = (folder / "README.md").read_text()
     wanted = {"last": finished.checkpoints[-1].step, "best": finished.best and finished.best.step}.get(step, step)
-    assert f"on demonstrations, then {wanted} optimiser steps of reinforcement learning" in card
+    assert f"on demonstrations, then {wanted} optimizer steps of reinforcement learning" in card
     assert "<|im_start|>system\nsearch then answer<|im_end|>" in card, "the run's own instructions"
     assert re.search(r"<search>.+</search>\n<information>.+</information>\n<answer>.+</answer>\n````", card)
     assert re.search(r"A query returns the closest passage of the \d+ in `passages`, embedded by `", card)
@@ -196,7 +196,7 @@ async def test_bad_input_is_refused_before_any_work(finished: sr.runs.RecordedRu
     (tmp_path / "full" / "file").touch()
     with pytest.raises(sr.errors.ConfigurationError, match="not empty"):
         await finished.export(tmp_path / "full")
-    with pytest.raises(sr.errors.ConfigurationError, match="choose one of peft, merged"):
+    with pytest.raises(sr.errors.ConfigurationError, match="should be 'peft' or 'merged'"):
         await finished.export(tmp_path / "new", format="gguf")
     with pytest.raises(sr.errors.ConfigurationError, match="push_to_hub"):
         await finished.export(tmp_path / "new", push_to_hub="a/b/c")
@@ -225,8 +225,8 @@ async def test_a_resume_point_that_is_replaced_meanwhile_is_followed(
         if isinstance(event, Notice) and event.text.endswith("gone/weights/step-000002"):
             newer.save(run)
 
-    folder = await sr.export(run, tmp_path / "new", emit=emit)
-    assert "3 optimiser steps of reinforcement learning" in (folder / "README.md").read_text()
+    folder = await sr.export(run, tmp_path / "new", on_event=emit)
+    assert "3 optimizer steps of reinforcement learning" in (folder / "README.md").read_text()
     replace(newer, state_path="tinker://gone/weights/step-000003").save(run)
     with pytest.raises(sr.errors.ServiceError, match="gone/weights/step-000003"):
         await sr.export(run, tmp_path / "another")

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import logging
 import tempfile
-import threading
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
@@ -14,14 +13,13 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from searchr1_async.boundary.paths import parquet_bytes
 from searchr1_async.episodes.table import kept_groups_frame, storable
 from searchr1_async.episodes.types import Episode, Group, Passage, Question, SearchCall, StopReason, Turn
-from searchr1_async.runs import finished_groups as unlearned
-from searchr1_async.runs.finished_groups import UnlearnedGroups
-from tests.watch.builders import answering_turn, episode, group, malformed_turn, question, searching_turn
+from searchr1_async.runs import folder as unlearned
+from searchr1_async.runs.folder import UnlearnedGroups
+from tests.watch.builders import answering_turn, episode, group, question, searching_turn
 
 TEXT = st.text(st.characters() | st.just("\udcff"), max_size=20)
 NUMBER = st.floats(allow_nan=False)
@@ -86,8 +84,8 @@ def stored(value: Any) -> Any:
 
 
 def part(folder: Path, number: int, content: bytes) -> Path:
-    """A part of the store with this content and its checksum."""
-    path = folder / f"{number:06d}-{zlib.crc32(content):08x}.parquet"
+    """A file with this content and its checksum."""
+    path = folder / f"{number:08d}-{zlib.crc32(content):08x}.parquet"
     path.write_bytes(content)
     return path
 
@@ -96,7 +94,7 @@ def part(folder: Path, number: int, content: bytes) -> Path:
 @settings(max_examples=40, deadline=None)
 def test_group_round_trips(written: Group) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        UnlearnedGroups(Path(folder)).write([(7, written)])
+        UnlearnedGroups(Path(folder)).write({7: written})
         (read,) = UnlearnedGroups(Path(folder)).load().items()
     assert read == (7, stored(written))
 
@@ -104,10 +102,10 @@ def test_group_round_trips(written: Group) -> None:
 def test_given_passages_round_trip_and_old_groups_are_read(tmp_path: Path) -> None:
     given = SearchCall(("Which?",), ((Passage("1", "Etna", "It burns.", 0.5),), ()), None, 0.25)
     played = Group(question(), (replace(episode(), given=given), episode()))
-    UnlearnedGroups(tmp_path / "new").write([(3, played)])
+    UnlearnedGroups(tmp_path / "new").write({3: played})
     assert UnlearnedGroups(tmp_path / "new").load() == {3: played}
     odd = replace(episode(), given=replace(given, seconds=float("inf")))
-    UnlearnedGroups(tmp_path / "odd").write([(3, Group(question(), (odd,)))])
+    UnlearnedGroups(tmp_path / "odd").write({3: Group(question(), (odd,))})
     assert UnlearnedGroups(tmp_path / "odd").load()[3].episodes == (odd,)
 
     plain = Group(question(), (episode(),))
@@ -120,7 +118,7 @@ def test_log_probabilities_round_trip_exactly(tmp_path: Path) -> None:
     sampled = np.random.default_rng(1).integers(0, 2**32, 5000, dtype=np.uint64).astype(np.uint32).view(np.float32)
     logprobs = tuple(sampled[~np.isnan(sampled)].tolist())
     played = Group(question(), (episode(turns=[replace(answering_turn(), logprobs=(*logprobs, -0.0))]),))
-    UnlearnedGroups(tmp_path).write([(0, played)])
+    UnlearnedGroups(tmp_path).write({0: played})
     (turn,) = UnlearnedGroups(tmp_path).load()[0].episodes[0].turns
     assert np.array(turn.logprobs, np.float64).tobytes() == np.array((*logprobs, -0.0), np.float64).tobytes()
 
@@ -135,127 +133,41 @@ def test_values_that_json_lacks_are_kept_as_far_as_possible(tmp_path: Path) -> N
     }
     asked = replace(question(), metadata=odd)
     turn = replace(searching_turn(), seconds=float("nan"))
-    UnlearnedGroups(tmp_path).write([(1, Group(asked, (episode(asked, turns=[turn]),)))])
+    UnlearnedGroups(tmp_path).write({1: Group(asked, (episode(asked, turns=[turn]),))})
     read = UnlearnedGroups(tmp_path).load()[1]
     assert read.question.metadata == {"path": "a/b", "hop": [1, 2], "3": "three", "score": 0.5, "count": 7}
     assert np.isnan(read.episodes[0].turns[0].seconds)
 
 
 def test_forgotten_groups_are_not_loaded(tmp_path: Path) -> None:
-    kept = {place: group(question(f"q{place}"), failed=place % 2) for place in range(6)}
-    store = UnlearnedGroups(tmp_path)
-    store.write([(0, kept[0]), (1, kept[1]), (2, kept[2])])
-    store.forget([1, 0, 99])
-    store.write([(3, kept[3]), (4, kept[4])])
-    assert UnlearnedGroups(tmp_path).load() == {place: kept[place] for place in (2, 3, 4)}
-    assert len(list(tmp_path.iterdir())) == 2, "the file of 0 and 1 is kept for 2"
-    # A kill between recording a step with 4 and forgetting it: the next session forgets it.
-    store = UnlearnedGroups(tmp_path)
-    assert store.load() == {place: kept[place] for place in (2, 3, 4)}
-    store.forget([4])
-    assert UnlearnedGroups(tmp_path).load() == {place: kept[place] for place in (2, 3)}
-    store.forget([2])
-    assert UnlearnedGroups(tmp_path).load() == {3: kept[3]}
-    store.forget([3, 4])
-    assert list(tmp_path.iterdir()) == []
-    store.write([(5, kept[5])])
-    assert UnlearnedGroups(tmp_path).load() == {5: kept[5]}
-    store.clear()
-    assert UnlearnedGroups(tmp_path).load() == {}
-    store.write([(5, kept[5])])
-    assert UnlearnedGroups(tmp_path).load() == {5: kept[5]}
-
-
-def test_missing_folder_is_empty(tmp_path: Path) -> None:
-    store = UnlearnedGroups(tmp_path / "not yet")
+    kept = {place: group(question(f"q{place}"), failed=place % 2) for place in range(5)}
+    store = UnlearnedGroups(tmp_path / "unlearned")
     assert store.load() == {}
     store.forget([1])
-    store.write([])
+    store.write(kept)
+    store.forget([1, 0, 99])
+    later = group(corrects=(0.0, 0.0))
+    store.write({2: later})
+    assert UnlearnedGroups(tmp_path / "unlearned").load() == {2: later, 3: kept[3], 4: kept[4]}
+    store.forget([2, 3, 4])
+    assert list((tmp_path / "unlearned").iterdir()) == []
+    store.write({4: kept[4]})
     store.clear()
-    assert not list(tmp_path.iterdir())
-
-
-class Life(RuleBasedStateMachine):
-    """Sessions that write, record steps and are killed at any moment, truncating the last write anywhere."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scratch = tempfile.TemporaryDirectory()
-        self.folder = Path(self.scratch.name) / "unlearned"
-        self.store = UnlearnedGroups(self.folder)
-        self.open: dict[int, Group] = {}
-        self.next_place = 0
-
-    @rule(count=st.integers(1, 3), size=st.integers(0, 2))
-    def groups_finish(self, count: int, size: int) -> None:
-        finished = [
-            (self.next_place + i, group(question(f"q{self.next_place + i}"), (1.0,) * size)) for i in range(count)
-        ]
-        self.store.write(finished)
-        self.open.update(finished)
-        self.next_place += count
-
-    @precondition(lambda self: self.open)
-    @rule(data=st.data())
-    def a_step_is_recorded(self, data: st.DataObject) -> None:
-        places = data.draw(st.sets(st.sampled_from(sorted(self.open)), min_size=1))
-        for place in places:
-            del self.open[place]
-        if data.draw(st.booleans()):
-            self.store.forget(places)
-        else:  # the process is killed before
-            self.store = UnlearnedGroups(self.folder)
-            found = self.store.load()
-            assert {place: group for place, group in found.items() if place not in places} == self.open
-            self.store.forget(places)
-
-    @precondition(lambda self: self.open)
-    @rule(data=st.data())
-    def a_group_is_played_again(self, data: st.DataObject) -> None:
-        place = data.draw(st.sampled_from(sorted(self.open)))
-        self.open[place] = group(question(f"q{place}"), (0.0, 0.5))
-        self.store.write([(place, self.open[place])])
-
-    @precondition(lambda self: self.folder.is_dir() and any(self.folder.iterdir()))
-    @rule(cut=st.integers(1, 200))
-    def killed_while_it_wrote(self, cut: int) -> None:
-        last = max(self.folder.iterdir())
-        content = last.read_bytes()
-        self.store.write([(self.next_place, group(question("never seen whole")))])
-        newest = max(self.folder.iterdir())
-        whole = newest.read_bytes()
-        before = len(content) if newest == last else 0
-        newest.write_bytes(whole[: max(before, len(whole) - cut)])
-        self.resume()
-
-    @rule()
-    def resume(self) -> None:
-        self.store = UnlearnedGroups(self.folder)
-        assert self.store.load() == self.open
-
-    @invariant()
-    def nothing_is_left_where_nothing_is_open(self) -> None:
-        if not self.open and self.folder.is_dir():
-            assert not list(self.folder.iterdir())
-
-    def teardown(self) -> None:
-        self.scratch.cleanup()
-
-
-TestLife = Life.TestCase
-TestLife.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
+    assert UnlearnedGroups(tmp_path / "unlearned").load() == {}
+    store.write({4: kept[4]})
+    assert UnlearnedGroups(tmp_path / "unlearned").load() == {4: kept[4]}
 
 
 @pytest.fixture(scope="module")
 def written() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
-        UnlearnedGroups(Path(folder)).write([(place, group(question(f"q{place}"))) for place in range(3)])
+        UnlearnedGroups(Path(folder)).write({3: group(question("q3"))})
         (path,) = Path(folder).iterdir()
         yield path
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_damage_neither_raises_nor_invents_groups(written: Path, data: st.DataObject) -> None:
     content = written.read_bytes()
     damaged = bytearray(content[: data.draw(st.integers(0, len(content)), label="cut at")])
@@ -265,15 +177,15 @@ def test_damage_neither_raises_nor_invents_groups(written: Path, data: st.DataOb
         (Path(folder) / written.name).write_bytes(damaged)
         store = UnlearnedGroups(Path(folder))
         read = store.load()
-        assert all(read[place] == group(question(f"q{place}")) for place in read)
-        assert list(read) == (list(range(3)) if damaged == content else []), "a damaged part gives nothing"
-        store.write([(9, group())])  # later writes are not hidden by the damage
+        assert read == ({3: group(question("q3"))} if damaged == content else {}), "a damaged file gives nothing"
+        store.write({9: group()})  # later writes are not hidden by the damage
         assert UnlearnedGroups(Path(folder)).load() == read | {9: group()}
 
 
 NO_GROUPS = {
     "empty": b"",
     "text": b"{}",
+    "cut": parquet_bytes(kept_groups_frame({2: group()}))[:-100],
     "foreign": parquet_bytes(pl.DataFrame({"made": ["elsewhere"]})),
     "without a place": parquet_bytes(kept_groups_frame({2: group()}).with_columns(place=pl.lit(None, pl.Int64))),
     "another stop reason": parquet_bytes(kept_groups_frame({2: group()}).with_columns(stop_reason=pl.lit("tired"))),
@@ -282,34 +194,22 @@ NO_GROUPS = {
 
 
 @pytest.mark.parametrize("content", NO_GROUPS.values(), ids=NO_GROUPS)
-def test_intact_part_without_groups_is_skipped(
+def test_a_file_without_groups_is_skipped_and_deleted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes
 ) -> None:
-    UnlearnedGroups(tmp_path).write([(1, group())])
-    path = part(tmp_path, 2, content)
+    UnlearnedGroups(tmp_path).write({1: group()})
+    (tmp_path / "notes.txt").write_text("mine")
+    damaged = part(tmp_path, 2, content)
     with caplog.at_level(logging.WARNING):
         assert UnlearnedGroups(tmp_path).load() == {1: group()}
-    assert f"{path} holds no groups" in caplog.text
-
-
-def test_foreign_files_are_skipped(tmp_path: Path) -> None:
-    UnlearnedGroups(tmp_path).write([(1, group())])
-    (tmp_path / "notes.txt").write_text("mine")
-    assert UnlearnedGroups(tmp_path).load() == {1: group()}
+    assert f"{damaged} is damaged" in caplog.text
+    assert not damaged.exists()
     assert (tmp_path / "notes.txt").exists()
-
-
-def test_groups_of_the_first_version_are_rolled_out_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "000001.groups").write_bytes(b"SR1GRP01")
-    with caplog.at_level(logging.WARNING):
-        assert UnlearnedGroups(tmp_path).load() == {}
-    assert "in the form of version 0.1.0, which is no longer read: they are rolled out again" in caplog.text
-    assert not list(tmp_path.iterdir())
 
 
 def test_full_disk_keeps_earlier_groups_and_recovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = UnlearnedGroups(tmp_path)
-    store.write([(1, group())])
+    store.write({1: group()})
 
     def full_disk(path: Path, content: bytes) -> None:
         raise OSError(28, "No space left on device")
@@ -317,41 +217,6 @@ def test_full_disk_keeps_earlier_groups_and_recovers(tmp_path: Path, monkeypatch
     with monkeypatch.context() as full:
         full.setattr(unlearned, "write_atomically", full_disk)
         with pytest.raises(OSError, match="No space"):
-            store.write([(2, group()), (3, group())])
-    store.write([(4, group())])
+            store.write({2: group()})
+    store.write({4: group()})
     assert sorted(UnlearnedGroups(tmp_path).load()) == [1, 4]
-
-
-def test_rewritten_place_counts_once(tmp_path: Path) -> None:
-    store = UnlearnedGroups(tmp_path)
-    later = group(corrects=(0.0, 0.0))
-    store.write([(1, group())])
-    store.forget([])
-    store.write([(1, later)])
-    assert UnlearnedGroups(tmp_path).load() == {1: later}
-    assert [path.name.partition("-")[0] for path in tmp_path.iterdir()] == ["000002"]
-    store.write([(2, group()), (1, group()), (1, later)])
-    assert UnlearnedGroups(tmp_path).load() == {1: later, 2: group()}
-    store.forget([1])
-    assert UnlearnedGroups(tmp_path).load() == {2: group()}
-    store.forget([2])
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_concurrent_writes_and_forgets(tmp_path: Path) -> None:
-    store = UnlearnedGroups(tmp_path)
-    played = Group(question(), (episode(turns=[malformed_turn()]), episode()))
-
-    def work(start: int) -> None:
-        for place in range(start, start + 40):
-            store.write([(place, played)])
-            if place % 2:
-                store.forget([place])
-
-    threads = [threading.Thread(target=work, args=(1000 * number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    even = [1000 * number + place for number in range(4) for place in range(0, 40, 2)]
-    assert UnlearnedGroups(tmp_path).load() == dict.fromkeys(even, played)

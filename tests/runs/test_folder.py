@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 import searchr1_async as sr
-from searchr1_async.billing import Billing, TokenUsage, find_price
+from searchr1_async.billing import Billing, TokenUsage
 from searchr1_async.episodes.table import storable
 from searchr1_async.episodes.types import Question
-from searchr1_async.runs.checkpoints import ResumePoint
-from searchr1_async.runs.folder import claimed, keep_questions, result_of, training_questions, work_in
+from searchr1_async.models import find_price
+from searchr1_async.runs.folder import keep_questions, result_of, training_questions, work_in
+from searchr1_async.runs.resume import ResumePoint
 from tests import tiny_world
 from tests.watch.builders import HOSTILE
 
@@ -75,19 +76,3 @@ async def test_foreign_files_are_not_overwritten(name: str, tmp_path: Path) -> N
         sr.train(questions, tiny_world.make_search(tmp_path / "index"), out_dir=tmp_path / "mine", progress=False)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == [name]
     assert (tmp_path / "mine" / name).read_text() == "mine"
-
-
-def test_a_refused_start_removes_only_its_new_folder(tmp_path: Path) -> None:
-    (tmp_path / "there").mkdir()
-    (tmp_path / "there" / "mine.txt").write_text("mine")
-
-    def refused(folder: Path) -> None:
-        with claimed(folder):
-            (folder / "tensorboard").mkdir()
-            raise sr.errors.ConfigurationError("no")
-
-    for name in ("new", "there"):
-        with pytest.raises(sr.errors.ConfigurationError, match="no"):
-            refused(tmp_path / name)
-    assert [path.name for path in tmp_path.iterdir()] == ["there"]
-    assert (tmp_path / "there" / "mine.txt").read_text() == "mine"

@@ -106,7 +106,7 @@ async def test_a_refusal_is_an_error_that_says_what_is_left_to_do(
 ) -> None:
     async with serving(Hub(refusal=401)) as hub:
         reach(monkeypatch, hub.url)
-        with pytest.raises(ExportError, match=r"requires a token.*hf upload me/model") as caught:
+        with pytest.raises(ExportError, match=r"401.*HF_TOKEN.*hf upload me/model") as caught:
             await anyio.to_thread.run_sync(lambda: push(folder, "me/model", private=True))
     assert "hf_secret" not in str(caught.value)
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from searchr1_async.config import EpisodeLimits, SamplingSettings
-from searchr1_async.episodes.reward import RecipeReward
+from searchr1_async.episodes.rewards import RecipeReward
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import TooManyFailuresError
 from searchr1_async.events import EvaluationFinished, Event, PhaseAdvanced, PhaseEnded, PhaseStarted
@@ -26,7 +26,7 @@ class TextDialect:
     def __init__(self) -> None:
         self.stop: list[int] | list[str] = ["\n"]
 
-    def start(self, question: Question) -> list[int]:
+    def start(self, question: Question, given: object = None) -> list[int]:
         return [ord(c) for c in question.question]
 
     def decode(self, tokens: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from searchr1_async.events import (
     StepFinished,
     WeightsPublished,
 )
-from searchr1_async.runs.checkpoints import ResumePoint
+from searchr1_async.runs.resume import ResumePoint
 from searchr1_async.trackers import read_events
 from tests import tiny_world
 
@@ -101,6 +102,7 @@ async def test_a_stopped_run_keeps_its_steps_and_resumes(start: Callable[..., sr
     assert result.steps in (1, 2)
     assert result.checkpoint is not None
     assert result.checkpoint.endswith(f"step-{result.steps:06d}")
+    assert sr.open_run(run.out_dir).result.reason == "stopped"
     assert_whole(run, result.steps)
     assert tiny_world.tasks_left() == set()
 
@@ -108,6 +110,7 @@ async def test_a_stopped_run_keeps_its_steps_and_resumes(start: Callable[..., sr
     run = start(on_event=again, resume=True)
     result = await run
     assert (result.steps, result.reason) == (4, "finished")
+    assert sr.open_run(run.out_dir).result.reason == "finished"
     assert_whole(run, 4)
     assert await run.stop() is result, "a stop that comes too late changes nothing"
 
@@ -125,6 +128,22 @@ async def test_a_finished_run_returns_at_once_without_a_service(
         await start(steps=2, resume=True, service=dead)
     third = await start(steps=2, resume=True)
     assert third.steps == 2
+
+
+async def test_a_failure_is_in_the_folder_with_its_cause(start: Callable[..., sr.Run]) -> None:
+    def broken(*_: object) -> float:
+        raise ZeroDivisionError("no such reward")
+
+    watch = Watch()
+    run = start(reward=broken, on_event=watch)
+    with pytest.raises(sr.errors.RewardError, match="no such reward"):
+        await run
+    recorded = sr.open_run(run.out_dir)
+    assert recorded.result.reason == "failed"
+    *_, cause, end = recorded.out_dir.joinpath("events.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(cause)["text"].startswith("RewardError: the reward function failed on question")
+    assert json.loads(cause)["text"].endswith("ZeroDivisionError: no such reward")
+    assert (json.loads(end)["event"], json.loads(end)["reason"]) == ("RunEnded", "failed")
 
 
 async def test_a_run_stopped_before_its_first_step_starts_over(start: Callable[..., sr.Run], tmp_path: Path) -> None:
@@ -379,7 +398,7 @@ async def test_a_paused_run_can_be_stopped(start: Callable[..., sr.Run]) -> None
     assert tiny_world.tasks_left() == set()
 
 
-async def test_a_stop_waits_for_the_current_optimiser_step(start: Callable[..., sr.Run]) -> None:
+async def test_a_stop_waits_for_the_current_optimizer_step(start: Callable[..., sr.Run]) -> None:
     watch = Watch()
     run = start(on_event=watch, reward=uneven)
     await watch.wait_for(lambda event: isinstance(event, BatchClosed) and event.step == 1, run)

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import anyio
 import pytest
 
 import searchr1_async as sr
@@ -32,6 +31,10 @@ async def main():
 
 asyncio.run(main())
 """
+
+
+CUT_WHILE_CONNECTING = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+"""anyio leaves a coroutine unawaited if it is cancelled between two connection attempts."""
 
 
 @pytest.fixture
@@ -56,7 +59,7 @@ def start(tmp_path: Path, service: str) -> Callable[[], sr.Run]:
     return train
 
 
-def test_a_script_without_await_fails_with_advice(tmp_path: Path, service: str) -> None:
+def test_a_script_without_await_gets_advice(tmp_path: Path, service: str) -> None:
     found = subprocess.run(
         [sys.executable, "-c", SCRIPT, tmp_path, service],
         capture_output=True,
@@ -65,47 +68,27 @@ def test_a_script_without_await_fails_with_advice(tmp_path: Path, service: str) 
         check=False,
         env=tiny_world.child_environment(),
     )
-    assert found.returncode == 1
     assert "await sr.train(...)" in found.stderr
     assert str(tmp_path / "run") in found.stderr
     assert "Traceback" not in found.stderr
 
 
-@pytest.mark.parametrize("run", [asyncio.run, lambda main: anyio.run(lambda: main)], ids=["asyncio", "anyio"])
-@pytest.mark.parametrize("seconds", [0.0, 0.2])
-def test_a_program_that_ends_before_its_run_fails(start: Callable[..., sr.Run], run: Callable, seconds: float) -> None:
-    async def main() -> None:
-        start()
-        await asyncio.sleep(seconds)
-
-    with pytest.raises(SystemExit, match=r"await sr\.train"):
-        run(main())
-
-
-def test_two_unawaited_runs_are_both_named(start: Callable[..., sr.Run], caplog: pytest.LogCaptureFixture) -> None:
+@CUT_WHILE_CONNECTING
+def test_every_unawaited_run_is_named(start: Callable[..., sr.Run], caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         start("first")
         start("second")
         await asyncio.sleep(0.1)
 
-    with pytest.raises(SystemExit, match=r"second.*await sr\.train|first.*await sr\.train") as ended:
-        asyncio.run(main())
-    told = caplog.text + str(ended.value)
-    assert "first" in told
-    assert "second" in told
+    asyncio.run(main())
+    for name in ("first", "second"):
+        assert any(name in record.message and "await sr.train" in record.message for record in caplog.records)
 
 
-def test_a_failing_program_shows_its_own_error(start: Callable[..., sr.Run]) -> None:
-    async def main() -> None:
-        start()
-        await asyncio.sleep(0)
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        asyncio.run(main())
-
-
-def test_a_stopped_or_awaited_run_is_not_reported(start: Callable[..., sr.Run]) -> None:
+@CUT_WHILE_CONNECTING
+def test_a_stopped_or_awaited_run_is_not_reported(
+    start: Callable[..., sr.Run], caplog: pytest.LogCaptureFixture
+) -> None:
     async def stopped() -> None:
         run = start()
         await asyncio.sleep(0.1)
@@ -117,6 +100,7 @@ def test_a_stopped_or_awaited_run_is_not_reported(start: Callable[..., sr.Run]) 
 
     asyncio.run(stopped())
     asyncio.run(awaited())
+    assert "without awaiting" not in caplog.text
 
 
 def test_signal_handlers_are_restored_when_a_run_ends(start: Callable[..., sr.Run]) -> None:

@@ -11,7 +11,7 @@ import pytest
 import searchr1_async as sr
 from searchr1_async.config import LAPTOP, RECIPE, chosen_sizes
 from searchr1_async.events import Event, Notice, PhaseStarted, RunStarted
-from searchr1_async.runs.checkpoints import ResumePoint
+from searchr1_async.runs.resume import ResumePoint
 from tests import tiny_world
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 import searchr1_async as sr
-from searchr1_async.cli.main import main
+from searchr1_async.cli import main
 from searchr1_async.config import EpisodeLimits
-from searchr1_async.evaluation import job_manifest as describing
 from searchr1_async.evaluation.manifest import Manifest
+from searchr1_async.evaluation.plan import prompt_of
 from searchr1_async.runs.rollouts import PlaySettings
 from searchr1_async.runs.weights import RECIPE_EPISODES, EpisodeChoice, TrainedPlay, find_weights
 from tests import tiny_world
@@ -74,9 +74,8 @@ async def test_evaluate_rollout_and_ask_use_the_trained_settings(trained: Traine
     for label in systems:
         episodes = report[label].episodes
         assert all(map(is_as_trained, episodes, prompts(trained, episodes))), label
-    assert (
-        f"Evaluated with the training settings of the run in {trained.folder}: untrained and trained." in report.notes()
-    )
+    for label in ("untrained", "trained"):
+        assert f"{label} is evaluated with the training settings of the run in {trained.folder}." in report.notes()
     assert not any("is evaluated with other settings than in training" in note for note in report.notes())
 
     # Exactly the prompts and limits of training, and of an asked question.
@@ -146,7 +145,9 @@ async def test_one_system_may_differ_and_another_corpus_is_reported(trained: Tra
 
 
 @pytest.mark.anyio
-async def test_an_evaluation_of_an_earlier_version_resumes_unchanged(trained: TrainedRun, tmp_path: Path) -> None:
+async def test_an_evaluation_that_did_not_follow_its_run_is_repeated_but_not_resumed(
+    trained: TrainedRun, tmp_path: Path
+) -> None:
     settings = {"max_tokens": 12, "max_turns": 2, "max_trajectory_tokens": 200, "format": "tags"}
     given = await measure(trained, bare_search(trained, n_results=3), out_dir=tmp_path / "e", **settings)
     manifest = json.loads((tmp_path / "e" / "manifest.json").read_text())
@@ -156,19 +157,18 @@ async def test_an_evaluation_of_an_earlier_version_resumes_unchanged(trained: Tr
         sr.config.SamplingSettings(),
         EpisodeChoice(format="tags").completed_by(RECIPE_EPISODES),
     )
-    # As the previous version wrote it: its systems had the evaluation's prompt, not their run's.
-    del manifest["settings"]["follows_runs"]
+    # As an earlier version wrote it: its systems had the evaluation's prompt, not their run's.
     for system in manifest["systems"]:
         for name in ("n_results", "max_passage_words", "like", "differences", "unrecorded"):
             del system[name]
         system["instructions"] = None
-        system["prompt"], system["prompt_sha256"] = describing._prompt(play.episodes, "search")
+        system["prompt"], system["prompt_sha256"] = prompt_of(play.episodes, "search")
     (tmp_path / "e" / "manifest.json").write_text(json.dumps(manifest))
     loaded = Manifest.load(tmp_path / "e")
     assert loaded is not None
     assert loaded.systems[0].like is None
-    gone_on = await measure(trained, bare_search(trained, n_results=3), out_dir=tmp_path / "e", resume=True, **settings)
-    assert gone_on.record("trained").instructions is None  # type: ignore[union-attr]
+    with pytest.raises(sr.errors.RunFolderError, match=r"a different evaluation \(systems differ\)"):
+        await measure(trained, bare_search(trained, n_results=3), out_dir=tmp_path / "e", resume=True, **settings)
     again = await sr.evaluate(
         tmp_path / "e",
         bare_search(trained, n_results=3),
@@ -185,8 +185,10 @@ def test_the_command_evaluates_a_run_as_trained(
     suite = tmp_path / "world.jsonl"
     suite.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     arguments = ["eval", suite, "--out-dir", tmp_path / "e", "--system", f"trained={trained.folder}", "--untrained"]
-    assert main([*map(str, arguments), "--service", quiet()["service"], "--temperature", "0"]) == 0, capsys.readouterr()
-    assert f"Evaluated with the training settings of the run in {trained.folder}" in capsys.readouterr().out
+    (tmp_path / "eval.toml").write_text("temperature = 0.0")
+    arguments += ["--config", tmp_path / "eval.toml", "--service", quiet()["service"]]
+    assert main([*map(str, arguments)]) == 0, capsys.readouterr()
+    assert f"trained is evaluated with the training settings of the run in {trained.folder}" in capsys.readouterr().out
     report = sr.open_report(tmp_path / "e")
     assert report["trained"].exact_match > 0.7
     assert all(map(is_as_trained, report["trained"].episodes, prompts(trained, report["trained"].episodes)))

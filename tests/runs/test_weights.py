@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from searchr1_async.errors import RunFolderError
-from searchr1_async.runs.checkpoints import ResumePoint
+from searchr1_async.runs.resume import ResumePoint
 from searchr1_async.runs.weights import Weights, find_weights
 
 

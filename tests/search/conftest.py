@@ -30,7 +30,6 @@ class HashingEmbedder:
         self.fingerprint = f"{name}-{dimension}"
         self.dimension = dimension
         self.max_texts = max_texts
-        self.max_tokens: int | None = None
         self.max_requests = 8
         self.query_batches: list[list[str]] = []
         self.passage_batches: list[list[str]] = []

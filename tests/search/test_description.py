@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import anyio
 import pytest
 
+import searchr1_async as sr
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import ConfigurationError
-from searchr1_async.search import Search, places
+from searchr1_async.search import Search, retrievers
 from searchr1_async.testing import HashingEmbedder
 from tests import tiny_world
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.anyio
 @pytest.fixture(autouse=True)
 def _embedder(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any name gives the tiny world's embedder."""
-    monkeypatch.setattr(places, "make_embedder", lambda embedder: HashingEmbedder())
+    monkeypatch.setattr(retrievers, "make_embedder", lambda embedder: HashingEmbedder())
 
 
 @pytest.fixture
@@ -62,35 +62,23 @@ async def test_a_local_search_made_from_its_description_gives_the_same_answers(c
     [
         lambda corpus: Search.local([Passage("1", "", "a river")], embedder="words"),
         lambda corpus: Search.local(corpus, embedder=HashingEmbedder()),
-        lambda corpus: Search.chroma("store", 8000, "wiki", embedder="words", token="secret"),
-        lambda corpus: Search.chroma("store", 8000, "wiki", embedder="words", headers={"x-key": "secret"}),
+        lambda corpus: Search(HashingEmbedder(), sr.search.RemoteChroma("store", 8000, "wiki", token="secret")),
+        lambda corpus: Search.chroma("http://me:secret@store", embedder="words"),
     ],
-    ids=["passages in memory", "an embedder", "a token", "headers"],
+    ids=["passages in memory", "an embedder", "a token", "a password"],
 )
 def test_what_is_in_memory_or_secret_is_not_described(make: Callable[[Path], Search], corpus: Path) -> None:
     assert make(corpus).description is None
 
 
-class OfFive(Search):
-    """A search with arguments of its own."""
-
-    def __init__(self, embedder: Any, store: Any, *, n_results: int = 5) -> None:
-        super().__init__(embedder, store, n_results=n_results)
-
-
-def test_a_subclass_with_arguments_of_its_own_is_made_and_described(corpus: Path) -> None:
-    search = OfFive.local(corpus, embedder="words")
-    assert isinstance(search, OfFive)
-    assert search.description == Search.local(corpus, embedder="words", n_results=5).description
-    assert OfFive.chroma("store", 8000, "wiki", embedder="words", n_results=2).n_results == 2
-
-
 def test_a_chroma_search_is_described_by_its_address() -> None:
-    search = Search.chroma("store", 8001, "wiki", embedder="words", ssl=True, n_results=5)
+    search = Search.chroma("store", 8001, "wiki", embedder="words", n_results=5)
     assert search.description is not None
     again = Search.from_description(json.loads(json.dumps(search.description)))
     assert again.description == search.description
     assert again.fingerprint == search.fingerprint
+    earlier = {"ssl": False, "tenant": "default_tenant", "database": "default_database"}
+    assert Search.from_description({**search.description, **earlier}).fingerprint == search.fingerprint
     other = Search.from_description({**search.description, "collection": "other"})
     assert other.fingerprint != search.fingerprint
 

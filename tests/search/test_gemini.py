@@ -8,10 +8,10 @@ import logging
 import threading
 import traceback
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 from typing import Any
 
 import anyio
+import google.auth
 import numpy as np
 import pytest
 from google.auth import credentials as google_credentials
@@ -20,6 +20,7 @@ from google.auth import exceptions as google_auth
 from benchmarks.shared.gemini_stand_in import Fault, GeminiStandIn, StandInSettings
 from benchmarks.shared.word_vectors import WordVectors
 from searchr1_async.errors import ConfigurationError, EmbeddingError
+from searchr1_async.search import gemini
 from searchr1_async.search.embedders import SentenceTransformerEmbedder
 from searchr1_async.search.faults import PassingFault, RefusedInput, TooManyRequests
 from searchr1_async.search.gemini import GeminiEmbedder, make_embedder
@@ -57,6 +58,7 @@ def _no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         "GOOGLE_APPLICATION_CREDENTIALS",
     ):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "p")
 
 
 @pytest.fixture
@@ -71,12 +73,8 @@ async def make(stand_in: GeminiStandIn) -> AsyncIterator[Make]:
     made: list[GeminiEmbedder] = []
 
     def make(service: str = "developer", **options: Any) -> GeminiEmbedder:
-        if service == "developer":
-            options = {"api_key": KEY, **options}
-        else:
-            options = {"vertex": True, "project": "p", "location": "l", "credentials": Token(), **options}
-            options["vertex_lists"] = service == "lists"
-        made.append(GeminiEmbedder(base_url=stand_in.base_url, **options))
+        access: dict[str, Any] = {"api_key": KEY} if service == "developer" else {"credentials": Token()}
+        made.append(GeminiEmbedder(base_url=stand_in.base_url, **access | options))
         return made[-1]
 
     yield make
@@ -98,10 +96,9 @@ async def refused(embedder: GeminiEmbedder, texts: list[str] = TEXTS[:1]) -> Exc
 
 @pytest.mark.parametrize(
     ("service", "method"),
-    [("developer", "batchEmbedContents"), ("lists", "batchEmbedContents"), ("single", "embedContent")],
+    [("developer", "batchEmbedContents"), ("single", "embedContent")],
 )
 async def test_each_text_gets_its_own_vector(stand_in: GeminiStandIn, make: Make, service: str, method: str) -> None:
-    stand_in.settings = StandInSettings(vertex_lists=True)
     embedder = make(service)
     await embedder.open()
     stand_in.forget()
@@ -140,7 +137,7 @@ async def test_scaling_is_a_choice_and_another_index(make: Make) -> None:
 def test_fingerprints_tell_vectors_that_may_not_be_mixed() -> None:
     fingerprint = GeminiEmbedder(api_key=KEY).fingerprint
     assert GeminiEmbedder(api_key="another", base_url="http://elsewhere").fingerprint == fingerprint
-    assert GeminiEmbedder("models/gemini-embedding-001", project="p").fingerprint == fingerprint
+    assert GeminiEmbedder("models/gemini-embedding-001", credentials=Token()).fingerprint == fingerprint
     others: list[dict[str, Any]] = [{"dimension": 1_536}, {"normalize": True}, {"model": "text-embedding-005"}]
     assert len({fingerprint} | {GeminiEmbedder(**other).fingerprint for other in others}) == 4
 
@@ -151,33 +148,6 @@ async def test_no_texts_ask_nothing(stand_in: GeminiStandIn, make: Make) -> None
     stand_in.forget()
     assert (await embedder.embed_queries([])).shape == (0, 768)
     assert stand_in.counts.requests == 0
-
-
-@pytest.mark.parametrize(("service", "texts"), [("developer", TEXTS), ("lists", TEXTS), ("single", TEXTS[:1])])
-async def test_the_short_way_sends_what_the_client_sends(
-    stand_in: GeminiStandIn, make: Make, service: str, texts: list[str]
-) -> None:
-    """Same path, body and vectors as ``embed_content`` of the installed google-genai."""
-    stand_in.settings = StandInSettings(vertex_lists=True)
-    embedder = make(service)
-    await embedder.open()
-    short = await embedder.embed_passages(texts), stand_in.last_request
-    embedder._uses_transport = False
-    long = await embedder.embed_passages(texts), stand_in.last_request
-    assert short[1] == long[1]
-    np.testing.assert_array_equal(short[0], long[0])
-
-
-async def test_a_client_whose_transport_is_another_is_asked_by_its_public_face(
-    stand_in: GeminiStandIn, make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def gone(*_: object) -> list[Any]:
-        raise AttributeError("async_request")
-
-    monkeypatch.setattr(GeminiEmbedder, "_rows_by_transport", gone)
-    embedder = make()
-    await embedder.open()
-    np.testing.assert_allclose(await embedder.embed_queries(TEXTS), EXPECTED, rtol=1e-6)
 
 
 async def test_an_older_model_is_asked_by_predict(stand_in: GeminiStandIn, make: Make) -> None:
@@ -198,7 +168,7 @@ PASSING = {
     Fault.BAD_GATEWAY: "502",
     Fault.RESET: "reset",
     Fault.SLOW: "timeout",
-    Fault.CUT_SHORT: "malformed",
+    Fault.CUT_SHORT: "reset",
     Fault.BROKEN_JSON: "malformed",
     Fault.EMPTY: "malformed",
     Fault.ONE_FEWER: "malformed",
@@ -209,9 +179,9 @@ PASSING = {
 FATAL = {
     Fault.INVALID_KEY: "GEMINI_API_KEY",
     Fault.EXPIRED_TOKEN: "GEMINI_API_KEY",
-    Fault.FORBIDDEN: "disabled",
+    Fault.FORBIDDEN: "SERVICE_DISABLED",
     Fault.NO_SUCH_MODEL: "check the model's name",
-    Fault.WRONG_PLACE: "not supported",
+    Fault.WRONG_PLACE: "not offered at this place",
 }
 
 
@@ -220,11 +190,13 @@ def test_every_fault_of_the_stand_in_is_tried() -> None:
 
 
 @pytest.mark.parametrize("fault", PASSING)
-async def test_a_passing_fault_is_told_and_not_tried_again(stand_in: GeminiStandIn, make: Make, fault: Fault) -> None:
+async def test_a_passing_fault_is_told_and_not_tried_again(
+    stand_in: GeminiStandIn, make: Make, fault: Fault, monkeypatch: pytest.MonkeyPatch
+) -> None:
     embedder = make()
     await embedder.open()
     stand_in.forget()
-    embedder._settings = replace(embedder._settings, timeout=0.3 if fault is Fault.SLOW else 60)
+    monkeypatch.setattr(gemini, "REQUEST_SECONDS", 0.3 if fault is Fault.SLOW else 60)
     stand_in.script.append(fault)
     error = await refused(embedder, TEXTS)
     assert isinstance(error, PassingFault)
@@ -233,7 +205,7 @@ async def test_a_passing_fault_is_told_and_not_tried_again(stand_in: GeminiStand
     assert isinstance(error, TooManyRequests) == slows_all
     assert error.retry_after == (1.0 if slows_all and fault is not Fault.TOO_MANY_SILENT else None)
     assert stand_in.counts.requests == 1
-    embedder._settings = replace(embedder._settings, timeout=60)
+    monkeypatch.setattr(gemini, "REQUEST_SECONDS", 60)
     np.testing.assert_allclose(await embedder.embed_queries(TEXTS), EXPECTED, rtol=1e-6)
 
 
@@ -272,7 +244,17 @@ async def test_a_refused_text_is_the_requests_own_fault(stand_in: GeminiStandIn,
     assert embedder.max_texts == 100
 
 
-@pytest.mark.parametrize("service", ["developer", "lists", "single"])
+async def test_several_texts_are_not_sent_where_a_request_takes_one(stand_in: GeminiStandIn, make: Make) -> None:
+    embedder = make("single")
+    await embedder.open()
+    stand_in.forget()
+    error = await refused(embedder, TEXTS)
+    assert isinstance(error, RefusedInput)
+    assert f"{len(TEXTS)} texts in a request, which takes at most 1" in str(error)
+    assert stand_in.counts.requests == 0
+
+
+@pytest.mark.parametrize("service", ["developer", "single"])
 async def test_no_fault_holds_a_key_or_a_text(
     stand_in: GeminiStandIn, make: Make, service: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -290,7 +272,7 @@ async def test_no_fault_holds_a_key_or_a_text(
     told += caplog.text
     for private in (KEY, KEY[:12], KEY[-12:], "Quagmire", "xylophone", "Kumquat", "rich"):
         assert private.lower() not in told.lower()
-    assert "overloaded" in told  # the service's own words are kept
+    assert "RESOURCE_EXHAUSTED" in told  # the service's codes are kept
 
 
 async def test_a_service_that_is_not_there(make: Make, stand_in: GeminiStandIn) -> None:
@@ -382,7 +364,7 @@ def test_it_opens_again_in_another_event_loop() -> None:
 
     async def use() -> None:
         async with GeminiStandIn() as server:
-            embedder._settings = replace(embedder._settings, base_url=server.base_url)
+            embedder._base_url = server.base_url
             await embedder.open()
             np.testing.assert_allclose(await embedder.embed_queries(TEXTS), EXPECTED, rtol=1e-6)
             await embedder.aclose()
@@ -393,14 +375,8 @@ def test_it_opens_again_in_another_event_loop() -> None:
 
 
 def test_arguments_that_exclude_one_another() -> None:
-    contradictions: list[dict[str, Any]] = [
-        {"api_key": KEY, "project": "p"},
-        {"api_key": KEY, "vertex": True},
-        {"vertex": False, "location": "l"},
-    ]
-    for options in contradictions:
-        with pytest.raises(ConfigurationError, match="two services"):
-            GeminiEmbedder(**options)
+    with pytest.raises(ConfigurationError, match="pass one of them"):
+        GeminiEmbedder(api_key=KEY, credentials=Token())
     with pytest.raises(ConfigurationError, match="gemini-embedding-001"):
         GeminiEmbedder("gemini-embedding-2")
     with pytest.raises(ConfigurationError, match="dimension"):
@@ -408,14 +384,9 @@ def test_arguments_that_exclude_one_another() -> None:
 
 
 def test_limits_of_the_two_services(monkeypatch: pytest.MonkeyPatch) -> None:
-    developer, single, lists = (
-        GeminiEmbedder(),
-        GeminiEmbedder(vertex=True),
-        GeminiEmbedder(vertex=True, vertex_lists=True),
-    )
-    assert (developer.max_texts, developer.max_tokens, developer.max_requests) == (100, None, 16)
-    assert (single.max_texts, single.max_tokens, single.max_requests) == (1, 20_000, 128)
-    assert (lists.max_texts, lists.max_tokens, lists.max_requests) == (100, 20_000, 16)
+    developer, single = GeminiEmbedder(), GeminiEmbedder(credentials=Token())
+    assert (developer.max_texts, developer.max_requests) == (100, 16)
+    assert (single.max_texts, single.max_requests) == (1, 128)
     assert GeminiEmbedder(max_requests=5).max_requests == 5
     monkeypatch.setenv("GOOGLE_GENAI_USE_VERTEXAI", "True")
     assert "Vertex" in GeminiEmbedder().name
@@ -438,50 +409,13 @@ async def test_project_and_region_come_from_the_environment(
 ) -> None:
     monkeypatch.setenv("GEMINI_API_KEY", "not of Vertex AI")
     monkeypatch.setenv("GOOGLE_GENAI_USE_VERTEXAI", "1")
+    monkeypatch.delenv("GOOGLE_CLOUD_PROJECT")
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     stand_in.settings = StandInSettings(keys=(KEY,))
-    await make("single", vertex=None, project=None, location=None).open()
-    await make("single", project="mine", location="here").open()
-    assert stand_in.counts.places == {place: 1, "projects/mine/locations/here": 1}
-
-
-async def test_a_refused_list_is_the_last(
-    stand_in: GeminiStandIn, make: Make, caplog: pytest.LogCaptureFixture
-) -> None:
-    embedder = make("lists")
-    await embedder.open()
-    assert embedder.max_texts == 100
-    stand_in.script.append(Fault.UNAVAILABLE)
-    assert isinstance(await refused(embedder, TEXTS), PassingFault)
-    assert embedder.max_texts == 100
-    assert isinstance(await refused(embedder, TEXTS), RefusedInput)
-    assert (embedder.max_texts, embedder.max_requests) == (1, 128)
-    assert [record.levelname for record in caplog.records if "several texts" in record.message] == ["WARNING"]
-    np.testing.assert_allclose(await embedder.embed_queries(TEXTS[:1]), EXPECTED[:1], rtol=1e-6)
-
-
-async def test_where_lists_are_taken_a_bad_text_does_not_end_them(stand_in: GeminiStandIn, make: Make) -> None:
-    stand_in.settings = StandInSettings(vertex_lists=True)
-    embedder = make("lists")
-    await embedder.open()
-    await embedder.embed_queries(TEXTS)
-    assert isinstance(await refused(embedder, ["good", ""]), RefusedInput)
-    assert embedder.max_texts == 100
-
-
-async def test_an_older_client_that_takes_no_lists(
-    stand_in: GeminiStandIn, make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    embedder = make("lists")
-    await embedder.open()
-
-    async def as_of_3_1(*_: object) -> list[Any]:
-        raise ValueError("The embedContent API for this model only supports one content at a time.")
-
-    monkeypatch.setattr(embedder, "_rows_by_transport", as_of_3_1)
-    assert isinstance(await refused(embedder, TEXTS), RefusedInput)
-    assert embedder.max_texts == 1
+    monkeypatch.setattr(google.auth, "default", lambda scopes: (Token(), "another"))
+    await make("single", credentials=None).open()
+    assert stand_in.counts.places == {place: 1}
 
 
 async def test_a_token_is_refreshed_once_and_beside_the_event_loop(stand_in: GeminiStandIn, make: Make) -> None:
@@ -516,20 +450,23 @@ async def test_credentials_that_cannot_be_refreshed(
 
 
 async def test_credentials_that_are_not_there(make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setenv("GOOGLE_GENAI_USE_VERTEXAI", "1")
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "none.json"))
     with pytest.raises(EmbeddingError, match="gcloud auth application-default login") as caught:
         await make("single", credentials=None).open()
     assert caught.value.is_fatal
 
 
-async def test_credentials_without_a_project(make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+async def test_credentials_without_a_project(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     """A user's file from ``gcloud auth application-default login`` names no project."""
     file = tmp_path / "user.json"
     user = {"type": "authorized_user", "client_id": "i", "client_secret": "s", "refresh_token": "r"}
     file.write_text(json.dumps(user))
+    monkeypatch.setenv("GOOGLE_GENAI_USE_VERTEXAI", "1")
+    monkeypatch.delenv("GOOGLE_CLOUD_PROJECT")
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(file))
     with pytest.raises(EmbeddingError, match="GOOGLE_CLOUD_PROJECT") as caught:
-        await make("single", credentials=None, project=None).open()
+        await GeminiEmbedder().open()
     assert caught.value.is_fatal
 
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import aiohttp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from benchmarks.shared.gemini_stand_in import (
     Fault,
     GeminiStandIn,
     StandInSettings,
-    TokenBucket,
     counts_of,
     stand_in_process,
 )
@@ -37,43 +33,6 @@ async def ask(base_url: str, *texts: str, key: str = "k") -> tuple[int, dict[str
         return answer.status, await answer.json(content_type=None)
 
 
-@settings(deadline=None)
-@given(st.text(max_size=80), st.sampled_from([128, 768]))
-def test_a_text_has_one_vector_of_a_length_that_is_not_one(text: str, dimension: int) -> None:
-    vector = WordVectors().embed(text, dimension)
-    assert vector.shape == (dimension,)
-    assert vector.dtype == np.float32
-    assert 0.59 < np.linalg.norm(vector) < 0.76
-    shared = WordVectors()
-    shared.embed("words that come before")
-    np.testing.assert_array_equal(shared.embed(text, dimension), vector)
-
-
-def test_most_questions_find_their_passage_among_many() -> None:
-    vectors = WordVectors()
-    passages = [f"The {n % 7} towns of Land{n} were founded in {1500 + n} on the river Flow{n}." for n in range(500)]
-    matrix = np.stack([vectors.embed(passage) for passage in passages])
-    matrix /= np.linalg.norm(matrix, axis=1, keepdims=True)
-    found = [int((matrix @ vectors.embed(f"On which river are the towns of Land{n}?")).argmax()) for n in range(500)]
-    assert np.mean(np.array(found) == np.arange(500)) > 0.98
-
-
-def test_a_bucket_refills() -> None:
-    now = 0.0
-    bucket = TokenBucket(rate=2, capacity=10, clock=lambda: now)
-    assert bucket.wait_for(10) == 0
-    bucket.take(10)
-    assert bucket.wait_for(3) == 1.5
-    assert bucket.wait_for(1_000) == 5
-    now = 1.5
-    assert bucket.wait_for(3) == 0
-    now = 100.0
-    bucket.take(0)
-    assert bucket.wait_for(10) == 0
-    bucket.take(10)
-    assert bucket.wait_for(1) == 0.5
-
-
 async def test_over_the_quota_of_requests_nothing_is_embedded() -> None:
     async with GeminiStandIn(StandInSettings(requests_per_second=0.01)) as stand_in:
         assert [(await ask(stand_in.base_url, "text"))[0] for _ in range(4)] == [200, 429, 429, 429]
@@ -90,26 +49,6 @@ async def test_a_quota_of_texts_says_when_there_is_room() -> None:
         assert 15 < float(delay.removesuffix("s")) <= 20
         assert stand_in.counts.texts == 80
         assert stand_in.counts.embedded.total() == 55
-
-
-async def test_faults_are_drawn_by_the_seed() -> None:
-    drawn = []
-    for seed in (1, 1, 2):
-        settings = StandInSettings(fault_rates={Fault.INTERNAL: 0.2, Fault.UNAVAILABLE: 0.2}, seed=seed)
-        async with GeminiStandIn(settings) as stand_in:
-            drawn.append([(await ask(stand_in.base_url, "text"))[0] for _ in range(40)])
-            assert stand_in.counts.faults.total() == sum(status != 200 for status in drawn[-1])
-    assert drawn[0] == drawn[1] != drawn[2]
-    assert set(drawn[0]) == {200, 500, 503}
-
-
-async def test_answers_take_the_time_asked_for_beside_one_another() -> None:
-    async with GeminiStandIn(StandInSettings(latency=0.1, latency_per_text=0.05, jitter=0.5)) as stand_in:
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        await asyncio.gather(*(ask(stand_in.base_url, "one", "two") for _ in range(8)))
-        assert loop.time() - began >= 0.1
-        assert stand_in.counts.requests_at_once == 8
 
 
 async def test_it_runs_in_a_process_of_its_own() -> None:

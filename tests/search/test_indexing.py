@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import aclosing, nullcontext
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +20,7 @@ from searchr1_async.errors import CorpusError, EmbeddingError, StoreError
 from searchr1_async.search import Search, passage_embedding
 from searchr1_async.search import index as index_builder
 from searchr1_async.search.index import LocalIndex
-from searchr1_async.search.passage_embedding import passage_text
+from searchr1_async.search.passage_embedding import in_windows, passage_text
 from searchr1_async.search.stores.chroma_folder import EmbeddedChroma
 
 pytestmark = pytest.mark.anyio
@@ -35,9 +35,41 @@ def many() -> list[Passage]:
 
 @pytest.fixture(autouse=True)
 def _small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_builder, "WINDOW", 8)
+    for module in (index_builder, passage_embedding):
+        monkeypatch.setattr(module, "WINDOW", 8)
     monkeypatch.setattr(passage_embedding, "PASSAGES_A_REQUEST", 4)
     monkeypatch.setattr(passage_embedding, "PASSAGES_AT_ONCE", 4)
+
+
+async def test_a_slow_window_delays_no_other(many: list[Passage]) -> None:
+    last = (TOTAL - 1) // 8
+    released, begun = anyio.Event(), list[int]()
+
+    async def work(number: int, passages: list[Passage]) -> int:
+        begun.append(number)
+        if number == last:
+            released.set()
+        if number == 0:
+            await released.wait()
+        return number
+
+    with anyio.fail_after(20):
+        async with aclosing(in_windows(load_corpus(many), 0, 2, work, in_order=False)) as results:
+            found = [number async for number in results]
+    assert begun == sorted(found) == list(range(last + 1))
+    assert found[0] == 1
+
+
+async def test_a_window_that_fails_ends_those_that_wait(many: list[Passage]) -> None:
+    async def work(number: int, passages: list[Passage]) -> int:
+        if number == 2:
+            raise StoreError("the disk is gone")
+        await anyio.sleep_forever()
+        return number
+
+    with anyio.fail_after(20), pytest.raises(StoreError, match="the disk is gone"):
+        async with aclosing(in_windows(load_corpus(many), 0, 3, work, in_order=False)) as results:
+            _ = [number async for number in results]
 
 
 async def test_it_is_built_once_with_progress(many: list[Passage], embedder: Any, tmp_path: Path) -> None:
@@ -50,7 +82,6 @@ async def test_it_is_built_once_with_progress(many: list[Passage], embedder: Any
     texts = [text for batch in embedder.passage_batches for text in batch]
     assert sorted(texts) == sorted(f"Title\nword{number} is number {number}" for number in range(TOTAL))
     assert max(map(len, embedder.passage_batches)) == 4
-    assert not (tmp_path / "index" / "journal").exists()
     embedder.passage_batches.clear()
     await search.build(lambda done, total: pytest.fail("nothing was to be built"))
     async with search:
@@ -59,7 +90,7 @@ async def test_it_is_built_once_with_progress(many: list[Passage], embedder: Any
 
 
 @pytest.mark.parametrize("how", ["a failure", "a cancellation"])
-async def test_what_was_begun_is_continued_and_nothing_is_embedded_twice(
+async def test_what_was_begun_is_continued(
     many: list[Passage], make_embedder: Callable[..., Any], tmp_path: Path, how: str
 ) -> None:
     first = make_embedder()
@@ -82,8 +113,7 @@ async def test_what_was_begun_is_continued_and_nothing_is_embedded_twice(
     search = Search.local(many, path=tmp_path / "index", embedder=embedder, n_results=1)
     await search.build(lambda done, total: steps.append(done))
     assert steps[0] >= 8
-    embedded = [text for one in (first, embedder) for batch in one.passage_batches for text in batch]
-    assert len(embedded) == len(set(embedded)) == TOTAL
+    assert sum(len(batch) for batch in embedder.passage_batches) == TOTAL - steps[0]
     async with search:
         for number in (0, 25, 33, TOTAL - 1):
             assert (await search.search([f"word{number}"]))[0][0].id == f"p{number}"
@@ -92,13 +122,14 @@ async def test_what_was_begun_is_continued_and_nothing_is_embedded_twice(
 async def test_an_index_begun_by_an_earlier_version_is_continued(
     many: list[Passage], embedder: Any, tmp_path: Path
 ) -> None:
-    """Earlier versions wrote the passages in order and kept no journal."""
+    """With a journal of vectors, which is not read any more."""
     folder = tmp_path / "index"
     store = EmbeddedChroma(folder, "passages")
     await store.open()
     await store.add(many[:20], embedder.embed([passage_text(passage) for passage in many[:20]]))
     await store.aclose()
-    identity = LocalIndex(load_corpus(many)).identity(embedder)
+    (folder / "journal").mkdir()
+    _, identity = LocalIndex(load_corpus(many)).place(embedder)
     (folder / "building.json").write_text(json.dumps(asdict(identity)))
     async with Search.local(many, path=folder, embedder=embedder, n_results=1) as search:
         assert (await search.search(["word49"]))[0][0].id == "p49"
@@ -148,12 +179,12 @@ async def test_the_default_folder_is_named_by_content(
     many: list[Passage], embedder: Any, make_embedder: Callable[..., Any]
 ) -> None:
     folders = {
-        LocalIndex(load_corpus(passages)).folder(one).path
+        LocalIndex(load_corpus(passages)).place(one)[0].path
         for passages in (many, many[1:])
         for one in (embedder, make_embedder(dimension=64))
     }
     assert len(folders) == 4
-    assert LocalIndex(load_corpus(many)).folder(make_embedder()).path in folders
+    assert LocalIndex(load_corpus(many)).place(make_embedder())[0].path in folders
 
 
 async def test_a_bad_corpus_is_refused_before_anything_is_embedded(embedder: Any, tmp_path: Path) -> None:

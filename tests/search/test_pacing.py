@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from searchr1_async.errors import ConfigurationError
+from searchr1_async.search.faults import PassingFault, TooManyRequests
 from searchr1_async.search.pacing import Flight, Pacer, PacingSettings
 
 MOST = 64
+BROKEN = PassingFault("the line broke", cause="reset")
 
 
 def answered(pacer: Pacer, now: float, *, is_short: bool = True) -> None:
@@ -22,7 +24,7 @@ def test_it_grows_by_one_for_each_answer_until_the_first_push_back_and_then_by_o
     for _ in range(28):
         answered(pacer, 0.0)
     assert pacer.limit == 32
-    pacer.pushed_back(pacer.begin(1.0), 1.0, retry_after=0.0)
+    pacer.failed(pacer.begin(1.0), 1.0, TooManyRequests("slower", retry_after=0.0))
     assert pacer.limit == 16
     for _ in range(16):
         answered(pacer, 2.0)
@@ -45,7 +47,7 @@ def test_push_backs_of_requests_that_flew_together_count_once() -> None:
     pacer = Pacer(PacingSettings(first_limit=16))
     together = [pacer.begin(0.0) for _ in range(8)]
     for flight in together:
-        pacer.pushed_back(flight, 1.0, retry_after=2.0)
+        pacer.failed(flight, 1.0, TooManyRequests("slower", retry_after=2.0))
     assert pacer.limit == 8
     assert not pacer.may_send(2.9, MOST)
     assert pacer.opens_at(2.9) == 3.0
@@ -56,26 +58,26 @@ def test_pauses_double_until_something_is_answered() -> None:
     pacer = Pacer(PacingSettings(first_pause=1.0, longest_pause=5.0))
     now, pauses = 0.0, []
     for _ in range(5):
-        pacer.pushed_back(pacer.begin(now), now, retry_after=None)
+        pacer.failed(pacer.begin(now), now, TooManyRequests("slower", retry_after=None))
         opens = pacer.opens_at(now)
         assert opens is not None
         pauses.append(opens - now)
         now = opens
     assert pauses == [1.0, 2.0, 4.0, 5.0, 5.0]
     answered(pacer, now)
-    pacer.pushed_back(pacer.begin(now), now, retry_after=None)
+    pacer.failed(pacer.begin(now), now, TooManyRequests("slower", retry_after=None))
     assert pacer.opens_at(now) == now + 1.0
 
 
 def test_faults_in_a_row_open_the_breaker_and_one_answer_closes_it() -> None:
     pacer = Pacer(PacingSettings(faults_until_down=3, first_pause=1.0, longest_pause=4.0))
     for now in (10.0, 11.0):
-        pacer.failed(pacer.begin(now), now)
+        pacer.failed(pacer.begin(now), now, BROKEN)
     answered(pacer, 11.5)
     for now in (12.0, 13.0):
-        pacer.failed(pacer.begin(now), now)
+        pacer.failed(pacer.begin(now), now, BROKEN)
     assert pacer.down_for(13.0) == 0
-    pacer.failed(pacer.begin(14.0), 14.0)
+    pacer.failed(pacer.begin(14.0), 14.0, BROKEN)
     assert pacer.down_for(14.0) == 2.0
     now, pauses = 14.0, []
     for _ in range(4):
@@ -87,7 +89,7 @@ def test_faults_in_a_row_open_the_breaker_and_one_answer_closes_it() -> None:
         probe = pacer.begin(opens)
         assert not pacer.may_send(opens + 100, MOST), "one probe at a time"
         now = opens
-        pacer.failed(probe, now)
+        pacer.failed(probe, now, BROKEN)
     assert pauses == [1.0, 2.0, 4.0, 4.0]
     probe = pacer.begin(now + 4)
     pacer.succeeded(probe, now + 4, most=MOST, is_short=False)
@@ -99,25 +101,25 @@ def test_faults_in_a_row_open_the_breaker_and_one_answer_closes_it() -> None:
 def test_a_service_that_hangs_is_down_after_two() -> None:
     pacer = Pacer(PacingSettings(faults_until_down=5))
     flights = [pacer.begin(0.0), pacer.begin(0.0)]
-    pacer.failed(flights[0], 30.0)
+    pacer.failed(flights[0], 30.0, BROKEN)
     assert pacer.down_for(30.0) == 0
-    pacer.failed(flights[1], 30.0)
+    pacer.failed(flights[1], 30.0, BROKEN)
     assert pacer.down_for(30.0) == 30.0
 
 
 def test_too_many_requests_means_that_it_is_up() -> None:
     pacer = Pacer(PacingSettings(faults_until_down=2))
     for _ in range(2):
-        pacer.failed(pacer.begin(0.0), 0.0)
+        pacer.failed(pacer.begin(0.0), 0.0, BROKEN)
     assert pacer.down_for(1.0) == 1.0
-    pacer.pushed_back(pacer.begin(1.0), 1.0, retry_after=5.0)
+    pacer.failed(pacer.begin(1.0), 1.0, TooManyRequests("slower", retry_after=5.0))
     assert pacer.down_for(2.0) == 0
     assert pacer.opens_at(2.0) == 6.0
 
 
 def test_a_probe_that_is_abandoned_makes_room_for_another() -> None:
     pacer = Pacer(PacingSettings(faults_until_down=1, first_pause=1.0))
-    pacer.failed(pacer.begin(0.0), 0.0)
+    pacer.failed(pacer.begin(0.0), 0.0, BROKEN)
     probe = pacer.begin(1.0)
     assert not pacer.may_send(1.0, MOST)
     pacer.abandoned(probe)
@@ -131,7 +133,6 @@ def test_a_probe_that_is_abandoned_makes_room_for_another() -> None:
         {"max_outage": -1},
         {"first_limit": 0},
         {"faults_until_down": 0},
-        {"hedged_fraction": 0.5},
     ],
 )
 def test_settings_out_of_their_range_are_refused(wrong: dict[str, float]) -> None:
@@ -171,9 +172,9 @@ class PacerMachine(RuleBasedStateMachine):
             self.pacer.succeeded(flight, self.now, most=MOST, is_short=is_short)
             assert self.pacer.down_for(self.now) == 0
         elif how == "failed":
-            self.pacer.failed(flight, self.now)
+            self.pacer.failed(flight, self.now, BROKEN)
         elif how == "pushed_back":
-            self.pacer.pushed_back(flight, self.now, retry_after)
+            self.pacer.failed(flight, self.now, TooManyRequests("slower", retry_after=retry_after))
         else:
             self.pacer.abandoned(flight)
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 import searchr1_async as sr
-from searchr1_async.data.wikipedia_index import fetch_sizes
+from searchr1_async.data.wikipedia_index import fetch_index
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.search import Search
 from searchr1_async.search.embedders import SentenceTransformerEmbedder
-from searchr1_async.search.stores.sources import lasting_name
+from searchr1_async.search.stores.vector_store import lasting_name
 
 pytestmark = pytest.mark.anyio
 
@@ -50,9 +50,8 @@ async def test_what_is_opened_later_is_what_was_meant(
     await sr.search.build_compact_index(passages, "compact", embedder=embedder)
     np.save("vectors.npy", embedder.embed([passage.text for passage in passages]))
     opened = [await Search.open(name, embedder=embedder) for name in ("index", "compact")]
-    opened.append(Search.compact("compact", embedder=embedder))
     stores = [sr.search.EmbeddedChroma("index"), sr.search.CompactStore("compact")]
-    sources = [sr.search.ChromaFolder("index"), sr.search.VectorFiles("vectors.npy", passages)]
+    sources = [sr.search.VectorFiles("vectors.npy", passages)]
     elsewhere()
     for search in opened:
         async with search:
@@ -105,4 +104,4 @@ async def test_what_is_no_path_is_refused_by_the_name_of_its_argument(
     with pytest.raises(ConfigurationError, match="folder is "):
         await sr.search.build_compact_index(passages, path, embedder=embedder)
     with pytest.raises(ConfigurationError, match="folder is "):
-        await fetch_sizes(path)
+        await fetch_index(path)

@@ -1,49 +1,49 @@
-"""Statistics of the search: differences of snapshots, metrics and text."""
+"""Statistics of the search: differences of snapshots, metrics, and latency histograms."""
 
 from __future__ import annotations
 
-from types import MappingProxyType
+import math
 
-from searchr1_async.search.stats import LatencyTally, SearchStatistics, ServiceTally
+from hypothesis import given
+from hypothesis import strategies as st
 
-
-def statistics(tally: ServiceTally, calls: int, hits: int, latency: LatencyTally) -> SearchStatistics:
-    return SearchStatistics(
-        requests=calls,
-        texts=2 * calls,
-        memory_hits=hits,
-        latency=latency.snapshot(),
-        embedding=tally.snapshot(),
-        querying=tally.snapshot(),
-    )
+from searchr1_async.search.stats import GROWTH, SHORTEST, Latency, SearchStatistics
 
 
 def test_what_lay_between_two_snapshots() -> None:
-    tally, latency = ServiceTally(), LatencyTally()
-    tally.sizes[10] += 3
-    tally.faults["503"] += 2
-    latency.add(1.0)
-    earlier = statistics(tally, 5, 2, latency)
-    tally.sizes[10] += 1
-    tally.sizes[4] += 1
-    tally.faults["429"] += 1
-    latency.add(0.1)
-    between = statistics(tally, 8, 4, latency).since(earlier)
+    search = SearchStatistics(requests=5, texts=10, memory_hits=2)
+    search.embedding.limit = 2
+    search.embedding.batch_sizes[10] += 3
+    search.embedding.faults["503"] += 2
+    search.latency.add(1.0)
+    earlier = search.snapshot()
+    search.requests, search.texts, search.memory_hits = 8, 16, 4
+    search.embedding.limit = 7
+    search.embedding.batch_sizes.update([10, 4])
+    search.embedding.faults["429"] += 1
+    search.latency.add(0.1)
+    between = search.snapshot().since(earlier)
     assert (between.requests, between.texts, between.memory_hits) == (3, 6, 2)
-    assert between.embedding.batch_sizes == MappingProxyType({4: 1, 10: 1})
-    assert between.embedding.faults == {"429": 1}
-    assert (between.embedding.requests, between.embedding.texts, between.embedding.mean_batch) == (2, 14, 7.0)
-    assert between.latency.count == 1
-    assert between.latency.p99 < 0.11
+    embedding = between.embedding
+    assert (embedding.batch_sizes, embedding.faults, embedding.limit) == ({4: 1, 10: 1}, {"429": 1}, 7)
+    assert (embedding.requests, embedding.texts, embedding.mean_batch) == (2, 14, 7.0)
+    assert between.latency.counts.total() == 1
+    assert between.latency.quantile(0.99) < 0.11
     metrics = between.metrics()
     assert metrics["search/cache_hit_rate"] == 2 / 6
     assert metrics["search/embedding/faults"] == 1
-    assert metrics["search/store/mean_batch"] == 7.0
-    assert "6 queries in 3 calls, 33% from the cache" in str(between)
-    assert "2 requests of 7.0 texts on average" in str(between)
-    assert "1 × 429" in str(between)
+    assert metrics["search/embedding/mean_batch"] == 7.0
 
 
 def test_nothing_searched_has_figures_too() -> None:
     assert SearchStatistics().metrics()["search/cache_hit_rate"] == 0
-    assert "0 queries" in str(SearchStatistics())
+    assert Latency().quantile(0.99) == 0
+
+
+@given(st.lists(st.floats(0, 1_000), min_size=1, max_size=200), st.floats(0.01, 1))
+def test_quantiles_are_at_most_one_bucket_too_high(seconds: list[float], fraction: float) -> None:
+    latency = Latency()
+    for one in seconds:
+        latency.add(one)
+    true = max(SHORTEST, sorted(seconds)[max(0, math.ceil(fraction * len(seconds) - 1e-9) - 1)])
+    assert true * (1 - 1e-9) <= latency.quantile(fraction) <= true * GROWTH * (1 + 1e-9)

@@ -40,8 +40,6 @@ class Service:
     """Fails with the given faults, then answers."""
 
     faults: list[PassingFault | None]
-    hangs: float = 0.0
-    """Seconds until each answer."""
     times: list[float] = field(default_factory=list)
     told: list[str] = field(default_factory=list)
     told_at: list[float] = field(default_factory=list)
@@ -51,15 +49,14 @@ class Service:
         number = len(self.times) - 1
         if number < len(self.faults) and (fault := self.faults[number]) is not None:
             raise fault
-        await anyio.sleep(self.hangs)
         return [text.upper() for text in texts]
 
     def tell(self, text: str) -> None:
         self.told.append(text)
         self.told_at.append(now())
 
-    def dispatcher(self, requests: int = 4, **options: Any) -> Dispatcher[str, str, str]:
-        capacity, pacing = Capacity(items=1, requests=requests), PacingSettings(**options)
+    def dispatcher(self, **options: Any) -> Dispatcher[str, str, str]:
+        capacity, pacing = Capacity(items=1, requests=4), PacingSettings(**options)
         made = Dispatcher(self.send, name="the service", capacity=lambda: capacity, pacing=pacing)
         made.waits.tell = self.tell
         return made
@@ -133,26 +130,10 @@ async def test_an_outage_is_told_once_with_its_end_and_when_it_is_over() -> None
     assert last == "the service answers again"
 
 
-async def test_a_service_that_hangs_is_told_once_after_five_seconds() -> None:
-    service = Service([], hangs=100.0)
-    began = now()
-    await ask(service.dispatcher(request_timeout=300.0), "a", "b", "c")
-    (told,) = service.told
-    assert "the service has not answered: waiting for at most 295 s more" in told
-    assert service.told_at == [began + REPORT_AFTER]
-
-
-async def test_an_embedder_that_takes_one_request_at_a_time_computes_and_is_not_told() -> None:
-    service = Service([], hangs=40.0)
-    await ask(service.dispatcher(requests=1, request_timeout=300.0), "a", "b")
-    assert service.told == []
-
-
 async def test_without_a_watcher_the_log_tells_what_a_service_asks_for(caplog: pytest.LogCaptureFixture) -> None:
     service = Service([slower(60.0)])
-    dispatcher = service.dispatcher()
-    dispatcher.waits.tell = None
-    await ask(dispatcher, "a")
+    capacity = Capacity(items=1, requests=4)
+    await ask(Dispatcher(service.send, name="the service", capacity=lambda: capacity), "a")
     assert [record.getMessage() for record in caplog.records if "asks to back off" in record.getMessage()]
 
 

@@ -212,8 +212,6 @@ async def test_evaluation_and_rollout_use_the_trained_thinking(tmp_path: Path, m
         assert await ends(questions, systems=systems, out_dir=tmp_path / "e") == [True, True], (
             "the base model beside it too"
         )
-        told = f"'trained' uses the training settings of the run in {run}: thinking=True, max_tokens=64, n_results=1"
-        assert told in service.notices
         service.events.clear()
         assert await ends(tmp_path / "e") == [True, True], "a repetition is played as the evaluation was"
         assert await ends(questions, systems=systems, thinking=False) == [False, False]

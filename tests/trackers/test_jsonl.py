@@ -14,13 +14,15 @@ from hypothesis import strategies as st
 from searchr1_async.events import (
     BatchClosed,
     EpisodeFinished,
+    Event,
+    Notice,
     PhaseAdvanced,
     PhaseEnded,
     RolloutSampled,
     RunEnded,
     RunStarted,
 )
-from searchr1_async.trackers.tracker import JsonlTracker, encoded, mend, read_events
+from searchr1_async.trackers.tracker import EVENTS_FILE, JsonlTracker, encoded, end_reason, mend, read_events
 from tests import tiny_world
 from tests.watch import builders
 
@@ -62,18 +64,6 @@ async def test_samples_and_progress_are_rate_limited(tmp_path: Path) -> None:
     assert [event.values["episodes"] for event in events if event.name == "RolloutSampled"] == [0, 5, 10, 15, 20]
     assert len([event for event in events if event.name == "BatchClosed"]) == 21
     assert [event.values["done"] for event in events if event.name == "PhaseAdvanced"] == [0, 5, 10, 15, 20]
-
-
-async def test_final_progress_of_a_phase_is_kept(tmp_path: Path) -> None:
-    path = tmp_path / "events.jsonl"
-    async with JsonlTracker(path, clock=lambda: 5.0) as log:
-        for done in range(4):
-            log(PhaseAdvanced("evaluate", done))
-        log(PhaseEnded("evaluate", 1.0))
-    events = list(read_events(path))
-    assert [(event.name, event.values.get("done")) for event in events] == [
-        ("PhaseAdvanced", 0), ("PhaseAdvanced", 3), ("PhaseEnded", None),
-    ]  # fmt: skip
 
 
 async def test_unwritable_folder_gives_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -133,3 +123,21 @@ async def test_killed_process_keeps_written_events(tmp_path: Path) -> None:
     assert len(steps) > 100
     assert steps == list(range(len(steps)))
     assert list(read_events(path))[-1].name == "RunStarted"
+
+
+@pytest.mark.parametrize(
+    ("events", "torn", "reason"),
+    [
+        ([], b"", None),
+        ([STARTED, RunEnded("finished")], b"", "finished"),
+        ([STARTED, RunEnded("failed"), Notice("late")], b'{"time": 3, "ev', "failed"),
+        ([RunEnded("stopped"), STARTED, Notice("killed after it")], b"", None),
+    ],
+)
+def test_a_log_says_why_its_last_session_ended(
+    tmp_path: Path, events: list[Event], torn: bytes, reason: str | None
+) -> None:
+    path = tmp_path / EVENTS_FILE
+    path.write_bytes(b"".join(encoded(1.0, event) for event in events) + torn)
+    assert end_reason(path) == reason
+    assert end_reason(tmp_path / "no such log") is None

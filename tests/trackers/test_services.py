@@ -21,7 +21,7 @@ from searchr1_async.events import (
     RunStarted,
     StepFinished,
 )
-from searchr1_async.trackers.services import StepTracker
+from searchr1_async.trackers import StepTracker
 from searchr1_async.trackers.tracker import Tracker
 from tests.watch import builders
 
@@ -58,10 +58,9 @@ class Steps(StepTracker):
 
     name = "steps"
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self) -> None:
+        super().__init__()
         self.numbers: list[tuple[int, dict[str, float]]] = []
-        self.episodes: list[tuple[int, int]] = []
         self.warnings: list[str] = []
         self.begun: list[int] = []
 
@@ -71,15 +70,12 @@ class Steps(StepTracker):
     def log_numbers(self, step: int, numbers: Any, moment: float) -> None:
         self.numbers.append((step, dict(numbers)))
 
-    def log_episodes(self, step: int, episodes: Sequence[Any]) -> None:
-        self.episodes.append((step, len(episodes)))
-
     def warn(self, text: str) -> None:
         self.warnings.append(text)
 
 
-async def test_logged_numbers_and_episodes(tmp_path: Path) -> None:
-    steps = Steps(episodes_every=2, episodes_shown=4)
+async def test_logged_numbers_and_warnings(tmp_path: Path) -> None:
+    steps = Steps()
     await play(steps, a_run(tmp_path, last=5))
     assert steps.begun == [0]
     assert steps.numbers[:2] == [(1, {"env/all/reward/total": 0.1}), (2, {"env/all/reward/total": 0.2})]
@@ -87,15 +83,8 @@ async def test_logged_numbers_and_episodes(tmp_path: Path) -> None:
         5,
         {"evaluation/exact_match": 0.5, "evaluation/exact_match_low": 0.4, "evaluation/exact_match/atlas": 0.25},
     )
-    assert steps.episodes == [(1, 4), (2, 4), (4, 4)]
-    assert steps.warnings == [builders.HOSTILE]
-
-
-async def test_queued_episodes_are_limited(tmp_path: Path) -> None:
-    """An episode may take megabytes, and 4,096 may finish in a step."""
-    steps = Steps(episodes_every=10, episodes_shown=4)
-    wanted = [steps.wants(EpisodeFinished(builders.episode(), step), 0.0) for step in (1, 2, 10) for _ in range(100)]
-    assert (sum(wanted[:100]), sum(wanted[100:200]), sum(wanted[200:])) == (4, 0, 4)
+    assert len(steps.warnings) == 1
+    assert steps.warnings[0].isprintable()
 
 
 @pytest.mark.slow
@@ -127,22 +116,17 @@ async def test_wandb_offline_round_trip(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("WANDB_MODE", "offline")
     await play(WandbTracker(project="tests", group="a group"), a_run(tmp_path))
     file = only(tmp_path, "wandb/offline-run-*/run-*.wandb")
-    history, config, tables = read_wandb(file)
+    history, config = read_wandb(file)
     rewards = [(row["step"], row["env/all/reward/total"]) for row in history if "env/all/reward/total" in row]
     assert rewards == [(1, 0.1), (2, 0.2), (3, pytest.approx(0.3))]
     assert [row["step"] for row in history if row.get("evaluation/exact_match") == 0.5] == [3]
     assert config["model"] == "the/model"
     assert config["learning_rate"] == 1e-3
-    assert tables == 1
-    table = only(tmp_path, "wandb/offline-run-*/files/media/table/*.table.json")
-    rows = json.loads(table.read_text())["data"]
-    assert len(rows) == 4
-    assert "\x1b" not in rows[0][-1]
     assert (tmp_path / "wandb-run-id.txt").read_text().strip() in file.name
 
 
-def read_wandb(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any], int]:
-    """History rows, settings and number of tables of an offline run, from W&B's protocol."""
+def read_wandb(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """History rows and settings of an offline run, from W&B's protocol."""
     from wandb.proto import wandb_internal_pb2  # type: ignore[import-not-found]
 
     history: list[dict[str, Any]] = []
@@ -156,7 +140,7 @@ def read_wandb(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any], int]:
             history.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
         elif kind == "run":
             config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
-    return history, config, sum(any(name.startswith("episodes") for name in row) for row in history)
+    return history, config
 
 
 def records(content: bytes, block: int = 32768) -> Iterator[bytes]:

@@ -151,7 +151,12 @@ async def test_log_is_automatic_and_others_are_by_name(tmp_path: Path) -> None:
     assert made[1] is own
     assert make_trackers((), None) == []
     assert make_trackers(own) == [own]
-    for wrong, words in (("wandbb", "'wandb'"), ("parquet", "always"), (Kept, "Kept\\(\\)"), (3, "no tracker")):
+    for wrong, words in (
+        ("wandbb", "choose from wandb"),
+        ("parquet", "always"),
+        (Kept, "an instance"),
+        (3, "no tracker"),
+    ):
         with pytest.raises(ConfigurationError, match=words):
             make_trackers([wrong], tmp_path)  # type: ignore[list-item]
 

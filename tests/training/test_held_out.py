@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +12,11 @@ import pytest
 import tinker
 
 import searchr1_async as sr
-from searchr1_async.events import BatchClosed, Event, GroupFinished, Notice, PhaseEnded, PhaseStarted, StepFinished
+from searchr1_async.events import BatchClosed, Event, Notice, PhaseEnded, PhaseStarted
 from searchr1_async.records.run_records import RunRecords
-from searchr1_async.runs.checkpoints import CheckpointList, ResumePoint, kept_checkpoints
 from searchr1_async.runs.control import RunControl
 from searchr1_async.runs.folder import training_questions
+from searchr1_async.runs.resume import CheckpointList, kept_checkpoints
 from searchr1_async.training.held_out import Measuring
 from tests import tiny_world
 
@@ -126,8 +125,6 @@ async def test_training_continues_during_an_evaluation(start: Callable[..., sr.R
     assert named[1:] == [("evaluate", "untrained"), ("train", ""), ("evaluate", "step 2"), ("evaluate", "after RL")]
     ended = [event.phase for event in events if isinstance(event, PhaseEnded)]
     assert ended[1:3] == ["evaluate", "train"], "the measurement is the last to end"
-    beside = [event.metrics["evaluation/episodes_beside"] for event in events if isinstance(event, StepFinished)]
-    assert sum(beside) == 0, "none of its episodes had ended when the last step closed"
 
 
 async def test_training_waits_for_late_evaluations_and_says_why(start: Callable[..., sr.Run]) -> None:
@@ -245,39 +242,23 @@ async def test_a_run_saves_its_questions(start: Callable[..., sr.Run]) -> None:
 async def test_no_evaluation_starts_after_the_time_limit(tmp_path: Path) -> None:
     """A queued evaluation is skipped and reported, though its weights exist."""
     notices: list[Event] = []
-    job: Any = SimpleNamespace(held_out=HELD_OUT, held_out_samples=1, evaluate_every=2, out_dir=tmp_path)
+    config = sr.TrainConfig(evaluate_every=2, held_out_samples=1)
+    job: Any = SimpleNamespace(held_out=HELD_OUT, config=config, out_dir=tmp_path)
 
-    async def delete(paths: list[str]) -> None:
-        assert paths == []
+    async def delete_unwanted(waiting: list[int]) -> None:
+        assert waiting == []
 
     # Any request to the service or engine raises.
-    session: Any = SimpleNamespace(job=job, service=None, engine=None, control=RunControl(), emit=notices.append)
-    recorder: Any = SimpleNamespace(records=RunRecords(tmp_path), kept=CheckpointList(tmp_path), delete=delete)
+    session: Any = SimpleNamespace(job=job, control=RunControl(), emit=notices.append)
+    kept, records = CheckpointList(tmp_path), RunRecords(tmp_path)
+    recorder: Any = SimpleNamespace(records=records, kept=kept, point=None, delete_unwanted=delete_unwanted)
     measuring = Measuring(session, recorder)
-    policy: Any = SimpleNamespace(version=0)
     with anyio.fail_after(20):
-        async with measuring.beside(policy, is_over=False):
+        async with measuring.beside():
             assert [measuring.closed(step, is_last=step == 6) for step in (1, 2, 3, 4, 5, 6)] == [
                 *(False, True, False, True),
                 *(False, False),
             ]
             measuring.training_ended("time_limit")
             measuring.recorded(2, "tinker://run/sampler_weights/step-000002")
-    assert notices == [Notice("the time limit was reached before the evaluation of step 2, 4: skipped")]
-
-
-async def test_in_flight_weights_are_evaluated_before_they_change(start: Callable[..., sr.Run], tmp_path: Path) -> None:
-    """A run killed after a step without kept weights, resumed with evaluate_every."""
-    await start(steps=1, weights_in_flight="inflight", held_out=(), evaluate_every=None)
-    point = ResumePoint.load(tmp_path / "run")
-    assert point is not None
-    replace(point, sampler_path=None, sampler_step=None).save(tmp_path / "run")
-    (tmp_path / "run" / "checkpoints.json").unlink()
-    events: list[Event] = []
-    run = start(steps=3, weights_in_flight="inflight", resume=True, on_event=events.append)
-    await run
-    assert {"step 1", "step 2", "after RL"} <= steps_measured(run).keys()
-    measured = next(
-        place for place, event in enumerate(events) if isinstance(event, Notice) and event.text.startswith("step 1: ")
-    )
-    assert not any(isinstance(event, GroupFinished | StepFinished) for event in events[:measured])
+    assert notices == [Notice("time_limit was reached before the evaluation of step 2, 4: skipped")]

@@ -16,10 +16,10 @@ from tinker import types as tinker_types
 
 from searchr1_async.config import LearningSettings, LossName, SamplingSettings
 from searchr1_async.episodes.types import Episode, Group, Question, StopReason, Turn
-from searchr1_async.errors import ConfigurationError, ServiceError
+from searchr1_async.errors import ServiceError
 from searchr1_async.events import Event, MinibatchSubmitted, Notice
 from searchr1_async.rollout.player import TinkerPolicy
-from searchr1_async.training.examples import without_sequence_ids
+from searchr1_async.training.batches import without_sequence_ids
 from searchr1_async.training.learner import FinishedStep, Learner
 from tests.tiny_world import model_folder, shared_service
 
@@ -184,7 +184,7 @@ async def test_a_penalty_pulls_back_to_the_base_model(world: World) -> None:
     assert away[3.0] < 0.7 * away[0.0]
 
 
-async def test_parts_are_optimiser_steps_of_their_own(world: World) -> None:
+async def test_parts_are_optimizer_steps_of_their_own(world: World) -> None:
     learner, _ = await world.learner(optimizer_steps=2, schedule="linear", loss="ppo")
     first, second, nothing = cut(world.groups, 4, 6, 0)
     await learner.submit(first, 2)
@@ -214,7 +214,7 @@ async def test_a_batch_with_nothing_to_learn_from_leaves_the_weights_and_says_so
     assert [event.text for event in events if isinstance(event, Notice)] == [
         "step 3: no group to learn from, so the weights do not change"
     ]
-    start = await (await learner.finish_step(0, 4, "start", keep=False)).finished()
+    start = await learner.save("start", keep=False)
     assert start.sampler_path is None
     assert len(events) == 1, "no notice before the first batch"
 
@@ -262,11 +262,6 @@ async def test_a_refused_minibatch_surfaces_at_the_end_and_before_its_weights_ar
         await in_progress.finished()
 
 
-async def test_a_penalty_needs_the_base_model(world: World) -> None:
-    with pytest.raises(ConfigurationError, match="base model"):
-        await world.learner(kl_coefficient=0.1)
-
-
 async def sampled_groups(client: tinker.SamplingClient, groups: Sequence[Group]) -> list[Group]:
     """The groups with turns really sampled by this client, for the same prompts and appended tokens."""
     policy = TinkerPolicy(client, 0, SamplingSettings(seed=3))
@@ -275,8 +270,10 @@ async def sampled_groups(client: tinker.SamplingClient, groups: Sequence[Group])
         turns: list[Turn] = []
         for number, turn in enumerate(episode.turns):
             one = await policy.sample(prompt, max_tokens=len(turn.sampled_tokens), stop=[], seed=number)
-            turns.append(replace(turn, sampled_tokens=one.tokens, logprobs=one.logprobs, sequence_id=one.sequence_id))
-            prompt += one.tokens + turn.appended_tokens
+            turns.append(
+                replace(turn, sampled_tokens=one.sampled_tokens, logprobs=one.logprobs, sequence_id=one.sequence_id)
+            )
+            prompt += one.sampled_tokens + turn.appended_tokens
         return replace(episode, turns=tuple(turns))
 
     return [
@@ -359,5 +356,6 @@ async def test_demonstrations_are_learned(world: World) -> None:
     losses = [await learner.supervised_step(episodes, 5e-3) for _ in range(4)]
     assert losses[0] == pytest.approx(-(await world.logprobs(world.base)).mean(), abs=1e-4)
     assert losses[-1] < 0.9 * losses[0]
-    state, sampler = await learner.keep_weights("kept")
-    assert ("/weights/kept" in state, "/sampler_weights/kept" in sampler) == (True, True)
+    saved = await learner.save("kept", keep=True)
+    assert "/weights/kept" in saved.state_path
+    assert "/sampler_weights/kept" in str(saved.sampler_path)

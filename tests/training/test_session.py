@@ -15,11 +15,11 @@ import tinker
 from tinker import types as tinker_types
 
 import searchr1_async as sr
-from searchr1_async.events import EpisodeFinished, Event, MinibatchSubmitted, PhaseAdvanced, StepFinished
+from searchr1_async.events import Event, MinibatchSubmitted, PhaseAdvanced, StepFinished, WeightsPublished
 from searchr1_async.records.run_records import RunRecords
-from searchr1_async.runs import checkpoints
-from searchr1_async.runs.checkpoints import ResumePoint
+from searchr1_async.runs import resume as checkpoints
 from searchr1_async.runs.folder import training_questions
+from searchr1_async.runs.resume import ResumePoint
 from searchr1_async.search.faults import PassingFault
 from searchr1_async.testing import HashingEmbedder
 from tests import tiny_world
@@ -90,10 +90,11 @@ async def test_streamed_minibatches_give_the_same_weights_as_one_batch(
 class FallibleEmbedder(HashingEmbedder):
     """Its service goes down on request."""
 
-    is_down = False
+    fails_after: anyio.Event | None = None
 
     async def embed_queries(self, texts: Sequence[str]) -> Any:
-        if self.is_down:
+        if self.fails_after is not None:
+            await self.fails_after.wait()
             raise PassingFault("the line is dead", cause="reset")
         return await super().embed_queries(texts)
 
@@ -105,10 +106,14 @@ async def test_a_failed_search_stops_the_run(start: Callable[..., sr.Run], tmp_p
     search = tiny_world.make_search(tmp_path / "index", embedder=embedder, pacing=pacing, cache_entries=0)
     warm_up = tiny_world.WARM_UP
 
+    recorded = anyio.Event()
+
     def emit(event: Event) -> None:
-        # A step is recorded while the next one is rolled out.
-        if isinstance(event, EpisodeFinished) and event.step == 2:
-            embedder.is_down = True
+        # A step is recorded while the next one is rolled out, which gets no answer until then.
+        if isinstance(event, WeightsPublished) and event.step == 1:
+            embedder.fails_after = recorded
+        elif isinstance(event, StepFinished) and event.step == 1:
+            recorded.set()
 
     settings: dict[str, Any] = {"search": search, "warm_up": warm_up, "steps": 3}
     run = start(on_event=emit, **settings)
@@ -117,7 +122,7 @@ async def test_a_failed_search_stops_the_run(start: Callable[..., sr.Run], tmp_p
     assert run.metrics["step"].to_list() == [1]
     assert "the line is dead" not in str(run.episodes().collect().to_dicts())
 
-    embedder.is_down = False
+    embedder.fails_after = None
     result = await start(resume=True, **settings)
     assert (result.steps, result.reason) == (3, "finished")
     assert run.metrics["step"].to_list() == [1, 2, 3]
@@ -231,7 +236,7 @@ async def test_a_stopped_warm_up_resumes(start: Callable[..., sr.Run], tmp_path:
     point = ResumePoint.load(tmp_path / "stopped")
     assert point is not None
     assert point.warm_up is not None
-    done = point.warm_up.step
+    done = point.warm_up
     assert done in (2, 3)
 
     assert (await begin("stopped")).reason == "finished"

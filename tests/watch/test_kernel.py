@@ -1,4 +1,4 @@
-"""The live view in a real kernel: messages to the notebook, and buttons while a cell awaits the run."""
+"""The live view in a real kernel: messages to the notebook."""
 
 from __future__ import annotations
 
@@ -24,34 +24,24 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 PREPARE = """
 import asyncio, sys
-from searchr1_async.events import RunPaused, RunStarted, StepFinished
-from searchr1_async.watch.dashboard import open_view
-from searchr1_async.watch import view as live
-from searchr1_async.watch.drawing import Charts
+from searchr1_async.events import RunStarted, StepFinished
+from searchr1_async.watch.views import open_view
+from searchr1_async.watch.charts import page_charts
 
-class Drawer:
-    async def charts(self, window, curves, *, from_zero):
-        return Charts({"reward": {"mark": "line"}}, {}, b"packed vega")
-    async def picture(self, task):
-        return b"\\x89PNG" + bytes(14) + b"\\x00\\x00" + bytes(4)
+async def drawing(function, *arguments):
+    picture = b"\\x89PNG" + bytes(14) + b"\\x00\\x00" + bytes(4)
+    return ({"mark": "line"}, b"packed vega") if function is page_charts else picture
 
-live._DRAWER = Drawer()
-
-class Controls:
-    async def pause(self):
-        view(RunPaused())
-        pressed.set()
-    async def resume(self): ...
-    def request_stop(self): ...
-
-pressed = asyncio.Event()
 """
 
 RUN = """
+view._drawing = drawing
 async with view:
     view(RunStarted("train", "<b>model</b>", True, "e", total_steps=9))
     view(StepFinished(1, {"env/all/reward/total": 0.5}))
-    await asyncio.wait_for(pressed.wait(), 30)
+    while not view._surface._widget.vega:
+        await asyncio.sleep(0.1)
+    await asyncio.sleep(0.5)
 """
 
 
@@ -86,17 +76,6 @@ class Kernel:
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [message for message in self.published if message["msg_type"] == kind]
 
-    def control(self, kind: str) -> dict[str, Any]:
-        client = self.client
-        client.control_channel.send(client.session.msg(kind))
-        return client.get_control_msg(timeout=30)["content"]
-
-    def press(self, comm: str, button: str, subshell: str) -> None:
-        content = {"comm_id": comm, "data": {"method": "custom", "content": {"press": button}}}
-        message = self.client.session.msg("comm_msg", content)
-        message["header"]["subshell_id"] = subshell
-        self.client.shell_channel.send(message)
-
 
 @pytest.fixture
 def kernel() -> Iterator[Kernel]:
@@ -106,37 +85,30 @@ def kernel() -> Iterator[Kernel]:
     kernel.manager.shutdown_kernel(now=True)
 
 
-def sent_by_widget(kernel: Kernel, kind: str) -> list[dict[str, Any]]:
-    """Custom widget messages of one kind."""
+def updates(kernel: Kernel, trait: str) -> list[Any]:
+    """The values that the widget sent of a trait."""
     data = [message["content"]["data"] for message in kernel.of("comm_msg")]
-    return [each["content"] for each in data if each.get("method") == "custom" and each["content"].get("kind") == kind]
+    return [each["state"][trait] for each in data if each.get("method") == "update" and trait in each["state"]]
 
 
 def test_widget_from_start_to_picture(kernel: Kernel) -> None:
     kernel.run(PREPARE)
-    kernel.run("view = open_view(True, title='Training in <runs>', controls=Controls())")
+    kernel.run("view = open_view(True, title='Training in <runs>')")
     (shown,) = kernel.of("display_data")
     assert set(shown["content"]["data"]) == {WIDGET, "text/html", "text/plain"}
     assert "&lt;runs&gt;" in shown["content"]["data"]["text/html"], "fallback for viewers without widgets"
     comm = shown["content"]["data"][WIDGET]["model_id"]
     opened = next(message for message in kernel.of("comm_open") if message["content"]["comm_id"] == comm)
     state = opened["content"]["data"]["state"]
-    assert "innerHTML" not in state["_esm"]
-    assert len(json.dumps(state)) < 40_000, "Vega is sent later and not saved with the notebook"
+    assert len(json.dumps(state)) < 40_000, "Vega is sent later"
 
     sent = kernel.send(RUN)
     kernel.see(lambda m: m["msg_type"] == "comm_msg" and "Step 1 of 9" in json.dumps(m["content"]))
-    kernel.see(lambda m: bool(sent_by_widget(kernel, "charts")))
-    (rows,) = sent_by_widget(kernel, "rows")
-    assert rows["rows"] == [
+    kernel.see(lambda m: bool(updates(kernel, "spec")))
+    assert updates(kernel, "steps")[-1] == [
         {"step": 1.0, "reward/total": 0.5, "correct": None, "turns_per_episode": None, "valid_calls": None}
     ]
-    subshell = kernel.control("create_subshell_request")
-    if "subshell_id" not in subshell:
-        kernel.manager.interrupt_kernel()
-        pytest.skip("this kernel answers no button while a cell waits")
-    # The cell awaits the run; the button's message arrives in another thread.
-    kernel.press(comm, "pause", subshell["subshell_id"])
+    assert "Training &lt;b&gt;model&lt;/b&gt;" in updates(kernel, "head")[-1]
     kernel.finish(sent)
 
     last = kernel.of("update_display_data")[-1]["content"]
@@ -144,16 +116,3 @@ def test_widget_from_start_to_picture(kernel: Kernel) -> None:
     assert set(last["data"]) == {"image/png", "text/plain"}, "no HTML: GitHub would prefer it to the picture"
     assert last["data"]["text/plain"].startswith("Trained <b>model</b>: 1 of 9 steps in ")
     assert comm in [message["content"]["comm_id"] for message in kernel.of("comm_close")]
-
-
-def test_rich_text_without_anywidget(kernel: Kernel) -> None:
-    kernel.run(
-        "import importlib.util as u; find = u.find_spec; u.find_spec = lambda n: None if n == 'anywidget' else find(n)"
-    )
-    kernel.run(PREPARE)
-    kernel.run("view = open_view(True, title='a run'); pressed.set()")
-    kernel.run(RUN)
-    assert len(kernel.of("display_data")) == 1, "one output, updated"
-    *_, before, last = [message["content"] for message in kernel.of("update_display_data")]
-    assert "&lt;b&gt;model&lt;/b&gt;" in before["data"]["text/html"]
-    assert set(last["data"]) == {"image/png", "text/plain"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,19 +13,16 @@ from searchr1_async.events import (
     Event,
     GroupDropped,
     GroupFinished,
-    MinibatchLearned,
     MinibatchSubmitted,
     Notice,
-    PhaseStarted,
     PipelineChanged,
     RolloutSampled,
     RunEnded,
     RunStarted,
-    StepFinished,
     WeightsPublished,
 )
 from searchr1_async.trackers.tracker import LoggedEvent, decoded, encoded
-from searchr1_async.watch.timeline import STAGES, joined, step_summary, timeline_of
+from searchr1_async.watch.timeline import stage_shares, step_summary, timeline_of, trainer_shares
 from tests.watch import builders
 
 STARTED = RunStarted("train", "m", True, "hash")
@@ -37,8 +36,8 @@ def sample(episodes: int, sampling: int, queued: int, searching: int) -> Rollout
     return RolloutSampled(episodes, sampling, queued, searching, 1, 0, 0, 0, {}, "nothing", 0.0, 0.0, 0.0, 0.0)
 
 
-def opened(step: int) -> PipelineChanged:
-    return PipelineChanged(step, step - 1, 4, 0, 0, "idle")
+def opened(step: int, trainer: Any = "idle") -> PipelineChanged:
+    return PipelineChanged(step, step - 1, 4, 0, 0, trainer)
 
 
 STEP_TWO: tuple[tuple[float, Event], ...] = (
@@ -47,13 +46,13 @@ STEP_TWO: tuple[tuple[float, Event], ...] = (
     (110.0, opened(2)),
     (115.0, sample(8, 4, 0, 2)),
     (116.0, GroupFinished(builders.group(), 2)),
-    (117.0, MinibatchSubmitted(2, 1, 4, 100)),
+    (117.0, opened(2, "learning")),
     (118.0, GroupDropped(builders.group(), 2, "constant_reward")),
-    (119.0, MinibatchLearned(2, 4, 100)),
+    (119.0, opened(2)),
     (125.0, sample(0, 0, 0, 0)),
-    (126.0, MinibatchSubmitted(2, 1, 4, 100)),
+    (126.0, opened(2, "learning")),
     (127.0, BatchClosed(2, 4)),
-    (128.0, MinibatchLearned(2, 4, 100)),
+    (128.0, opened(2, "stepping")),
     (130.0, WeightsPublished(2)),
     (140.0, sample(9, 9, 0, 0)),
 )
@@ -63,22 +62,19 @@ def test_timeline_of_a_known_step() -> None:
     timeline = timeline_of(logged(*STEP_TWO))
     assert timeline is not None
     assert (timeline.step, timeline.seconds, timeline.is_over) == (2, 20.0, True)
-    assert [(span.start, span.end, span.state) for span in timeline.spans] == [
+    assert timeline.trainer.rows() == [
         (0, 7, "idle"), (7, 9, "learning"), (9, 16, "idle"), (16, 18, "learning"), (18, 20, "stepping"),
     ]  # fmt: skip
-    assert timeline.trainer_share("idle") == pytest.approx(14 / 20)
-    assert [second for second, _ in timeline.samples] == [0, 5, 15]
+    assert trainer_shares(timeline)["idle"] == pytest.approx(14 / 20)
+    assert timeline.stages["start"].to_list() == [0, 5, 15]
     # 5 s of 10 at the model, then 10 s of 4 there, 2 at the search and 2 between: 90 and 20 of 130 episode-seconds.
-    assert timeline.stage_shares() == {
+    assert stage_shares(timeline) == {
         "sampling": pytest.approx(90 / 130), "queued": 0.0, "searching": pytest.approx(20 / 130),
         "in between": pytest.approx(20 / 130),
     }  # fmt: skip
-    assert [(mark.second, mark.what) for mark in timeline.marks] == [
-        (6, "group finished"), (8, "group dropped"), (20, "weights published"),
-    ]  # fmt: skip
     assert step_summary(timeline) == [
-        "the trainer was idle 70% of 20 s, learning 20%, updating weights 10%",
-        "episode time: 69% sampling, 15% searching",
+        "trainer, of 20 s: learning 20%, stepping 10%, idle 70%",
+        "episodes: sampling 69%, queued 0%, searching 15%, in between 15%",
     ]
 
 
@@ -109,12 +105,12 @@ def test_resumed_step_uses_the_last_session() -> None:
 
 def test_trainer_may_still_be_busy_with_the_previous_step() -> None:
     events = logged(
-        (0, STARTED), (1, opened(1)), (4, MinibatchSubmitted(1, 1, 1, 1)), (5, BatchClosed(1, 4)), (5, opened(2)),
-        (6, MinibatchLearned(1, 1, 1)), (8, WeightsPublished(1)), (10, BatchClosed(2, 4)), (11, WeightsPublished(2)),
+        (0, STARTED), (1, opened(1)), (4, opened(1, "learning")), (5, opened(2, "learning")), (6, opened(2, "stepping")),
+        (8, opened(2)), (10, opened(2, "stepping")), (11, WeightsPublished(2)),
     )  # fmt: skip
     timeline = timeline_of(events, 2)
     assert timeline is not None
-    assert [(span.start, span.end, span.state) for span in timeline.spans] == [
+    assert timeline.trainer.rows() == [
         (0, 1, "learning"), (1, 3, "stepping"), (3, 5, "idle"), (5, 6, "stepping"),
     ]  # fmt: skip
 
@@ -140,17 +136,6 @@ def test_default_step_right_after_a_resume_is_the_previous_one() -> None:
     assert cut.seconds == 21.0, "a step cut short by a stop ends with its session"
 
 
-def test_log_without_pipeline_events() -> None:
-    events = logged(
-        (0, STARTED), (2, PhaseStarted("train", 4, "steps")), (3, MinibatchSubmitted(1, 1, 1, 1)), (4, BatchClosed(1, 4)),
-        (5, StepFinished(1, {})), (7, MinibatchSubmitted(2, 1, 1, 1)),
-    )  # fmt: skip
-    first, second = timeline_of(events, 1), timeline_of(events, 2)
-    assert first is not None
-    assert second is not None
-    assert (first.seconds, second.seconds) == (3.0, 3.0)
-
-
 def test_no_such_step() -> None:
     assert timeline_of([]) is None
     assert timeline_of(logged((0, STARTED))) is None
@@ -167,21 +152,10 @@ def test_any_events_give_a_consistent_timeline_or_none(rows: list[tuple[float, E
     timeline = timeline_of(logged(*sorted(rows, key=lambda row: row[0])), step)
     if timeline is None:
         return
-    assert sum(span.seconds for span in timeline.spans) == pytest.approx(timeline.seconds, abs=1e-6)
-    assert all(
-        later.start == pytest.approx(span.end) for span, later in zip(timeline.spans, timeline.spans[1:], strict=False)
-    )
-    assert all(0 <= second <= timeline.seconds for second, _ in timeline.samples)
-    assert all(0 <= mark.second <= timeline.seconds for mark in timeline.marks)
-    shares = timeline.stage_shares()
+    spans = timeline.trainer
+    assert (spans["end"] - spans["start"]).sum() == pytest.approx(timeline.seconds, abs=1e-6)
+    assert spans["start"].to_list()[1:] == spans["end"].to_list()[:-1]
+    assert all(0 <= second <= timeline.seconds for second in timeline.stages["start"])
+    shares = stage_shares(timeline)
     assert not shares or sum(shares.values()) == pytest.approx(1.0)
     assert step_summary(timeline)
-
-
-def test_joined_samples_preserve_time_per_stage() -> None:
-    samples = [(float(place), dict.fromkeys(STAGES, float(place % 7))) for place in range(1000)]
-    few = joined(samples, 100)
-    assert len(few) <= 100
-    ends = [second for second, _ in few[1:]] + [999.0]
-    spent = sum(counts["sampling"] * (end - second) for (second, counts), end in zip(few, ends, strict=True))
-    assert spent == pytest.approx(sum(place % 7 for place in range(999)), rel=1e-9)

@@ -1,87 +1,85 @@
-"""Builds a compact index in steps. Each step's output is kept, so a killed build repeats little work.
+"""Builds a compact index in steps, whose outputs are kept in ``building/``, so that a killed build repeats minutes of work.
 
-::
-
-    rows        passages and vectors are appended to their files; ``building/progress.json`` counts the rows on disk
-    lists       k-means centres from a sample: ``building/centres.npz``
-    codes       vectors are assigned to lists and encoded: ``building/codes-<rows>.faiss`` every two million rows
-    exact       brute-force neighbours of the sample queries: ``building/exact.npz``
-    calibrate   measures and picks probes and candidates
-    checksums   of all files; writing the manifest completes the index
-
-Steps are deterministic, so repeated work gives the same bytes: rows keep the source's order, samples and clusters are seeded, code
-blocks have a fixed size. Everything but the copying is synchronous.
+Rows are copied; k-means of a sample gives the lists; vectors are encoded by row, then written list by list; recall and cost are measured
+against the exact neighbours of sample queries; the manifest, with checksums, completes the index. Repeated steps give the same bytes.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, aclosing, closing, suppress
 from datetime import UTC, datetime
 from functools import partial
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from zipfile import BadZipFile
 
 import anyio
 import anyio.from_thread
-import anyio.to_thread
 import numpy as np
+from numpy.typing import NDArray
 
 from searchr1_async.boundary.paths import write_arrays, write_atomically
 from searchr1_async.boundary.waits import in_thread, prepared_ahead, usable_cores
-from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import StoreError
-from searchr1_async.events import Emit, PhaseAdvanced, PhaseEnded, PhaseStarted
-from searchr1_async.search.compact.calibration import EXACT_RESULTS, calibration_of, measure
-from searchr1_async.search.compact.codes import Codes, add_codes, empty_codes, load_codes, save_codes, write_codes
-from searchr1_async.search.compact.files import PassageWriter, Rows, VectorFile, VectorWriter
-from searchr1_async.search.compact.inverted_lists import (
+from searchr1_async.events import Event
+from searchr1_async.search.compact.codes import (
+    MOST_OF_MEAN,
+    SEED,
+    Codes,
+    Encoder,
     ListAssigner,
+    Probing,
     learn_centres,
     lists_for,
+    margin_of,
     sample_size,
 )
-from searchr1_async.search.compact.layout import (
+from searchr1_async.search.compact.files import (
     BUILDING_NAME,
     CODES_NAME,
     COMPACT_FORMAT,
-    MANIFEST_NAME,
+    FILE_NAMES,
+    AppendedFiles,
     Calibration,
     CompactManifest,
     CompactSettings,
-    file_names,
+    CurvePoint,
+    Rows,
+    RowWriter,
+    VectorFile,
 )
 from searchr1_async.search.compact.store import CompactIndex, are_usable, exact_nearest, ready_vectors
 from searchr1_async.search.embedders import Vectors
+from searchr1_async.search.passage_embedding import BuildOptions, build_phase
 from searchr1_async.search.stores.sources import SourceFacts, VectorSource
 from searchr1_async.search.stores.vector_store import record_of
 
-_SYNC_ROWS = 65_536
-"""Rows between two syncs."""
-_CODE_ROWS = 65_536
-_CODE_BLOCKS_KEPT = 32
-"""Blocks between two checkpoints of the codes: 2 million rows, about three minutes of work."""
 SAMPLE_QUERIES = 500
 """Queries sampled from the index when none are given; enough for recall to the nearest hundredth."""
-
-
-OnRows = Callable[[int, int], None]
-"""``(rows done, total rows)``."""
+_SYNC_SECONDS = 5.0
+_CODE_ROWS = 65_536
+"""Rows encoded at a time."""
+_MOST_FLOAT16 = float(np.finfo(np.float16).max)
+CANDIDATES = (20, 50, 100, 200)
+"""Tried with every number of probes."""
+RECALL_AT = 3
+"""Exact nearest passages whose recall is asked for."""
+BATCH = 128
+AFFORDABLE = 300_000
+"""Codes compared per query up to which recall above the target is worth its cost; about 4 ms on two cores."""
+_NO_DIFFERENCE = 0.001
+"""Recall difference of one or two sample queries."""
 
 
 class CompactBuilder:
-    """Builds one index in a folder, or resumes an unfinished build there.
+    """Builds one index in an existing folder, or resumes an unfinished build there. No other process may build in it.
 
-    Args:
-        folder: index folder; must exist, with no concurrent build in it.
-        source: an open source.
-        facts: the source's facts.
-        settings: build settings.
-        emit: receives the phases ``rows``, ``lists``, ``codes``, ``exact``, ``calibrate`` and ``checksums``.
-        on_progress: called with rows copied and total rows.
+    ``facts`` are of the open source; ``embedder`` is its name and fingerprint, for the manifest.
     """
 
     def __init__(
@@ -90,98 +88,70 @@ class CompactBuilder:
         source: VectorSource,
         facts: SourceFacts,
         settings: CompactSettings,
-        emit: Emit,
-        on_progress: OnRows | None = None,
+        options: BuildOptions,
+        embedder: tuple[str | None, str | None] = (None, None),
     ) -> None:
         self._folder, self._source, self._facts = folder, source, facts
-        self._settings, self._emit, self._on_progress = settings, emit, on_progress
-        self._building = folder / BUILDING_NAME
+        self._settings, self._options, self._embedder = settings, options, embedder
         self._lists = min(settings.lists or lists_for(facts.count), facts.count)
-        self._threads = settings.threads or usable_cores()
+        self._threads = usable_cores()
+        self._building = folder / BUILDING_NAME
+        self._kept: dict[str, int] = {}  # rows of each step that are on disk
 
     async def build(self, queries: Vectors | None) -> CompactManifest:
-        """Runs the remaining steps.
-
-        Args:
-            queries: real queries, ``[queries, dimension]``; None samples passages of the index.
-
-        Raises:
-            CorpusError, EmbeddingError, StoreError: a row cannot be read.
-            OSError: the folder cannot be written; finished work is kept.
-        """
-        await in_thread(self._refuse_other_build)
-        await in_thread(self._remove_leftovers)
-        await self._copy_rows()
+        """Runs the remaining steps. None samples passages as queries. Raises what the source raises, or OSError; finished work is kept."""
+        await in_thread(self._resume)
+        if self._kept.get("rows", 0) < self._facts.count:
+            await self._copy_rows(self._kept.get("rows", 0))
         return await in_thread(lambda: self._finish(queries))
 
-    def _refuse_other_build(self) -> None:
-        """Raises StoreError if the folder holds a build of another source or with other settings."""
-        identity = {
-            "format": COMPACT_FORMAT,
-            "source": self._facts.fingerprint,
-            "rows": self._facts.count,
-            "dimension": self._facts.dimension,
-            "metric": self._facts.metric,
-            "vectors": self._settings.vectors,
-            "lists": self._lists,
-            "seed": self._settings.seed,
-        }
-        path = self._building / "identity.json"
+    def _resume(self) -> None:
+        """Reads what is there; raises StoreError if it is a build of another source or with other settings."""
+        facts, path, progress = self._facts, self._building / "identity.json", self._building / "progress.json"
+        identity = {"format": COMPACT_FORMAT, "source": facts.fingerprint, "rows": facts.count, "lists": self._lists}
+        identity |= {"dimension": facts.dimension, "metric": facts.metric, "vectors": "float16"}
         if not path.exists():
-            self._building.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps(identity, indent=1).encode())
-            return
         try:
             begun = json.loads(path.read_bytes())
-        except ValueError:
-            begun = {}
+            self._kept = json.loads(progress.read_bytes()) if progress.exists() else {}
+        except ValueError as error:
+            raise StoreError(f"{self._building} is corrupt ({error}): delete {self._folder} and start again") from error
         if differs := [name for name, value in identity.items() if begun.get(name) != value]:
             raise StoreError(
                 f"{self._folder} holds an unfinished index with a different source or settings ({', '.join(differs)} "
                 "differ): choose another folder, or delete this one"
             )
+        for leftover in self._folder.rglob(".*.[0-9]*"):  # temporary files of killed processes, which take gigabytes
+            leftover.unlink(missing_ok=True)
 
-    def _remove_leftovers(self) -> None:
-        """Deletes temporary files of killed processes; those of codes take gigabytes."""
-        names = [*file_names(self._settings.vectors), MANIFEST_NAME]
-        for folder, begins in ((self._folder, names), (self._building, [""])):
-            beginnings = tuple(f".{begin}" for begin in begins)
-            for path in (
-                [path for path in folder.iterdir() if path.name.startswith(beginnings)] if folder.is_dir() else ()
-            ):
-                path.unlink(missing_ok=True)
+    def _keep(self, step: str, rows: int, files: AppendedFiles) -> None:
+        files.sync()
+        self._kept[step] = rows
+        write_atomically(self._building / "progress.json", json.dumps(self._kept).encode())
 
-    # Rows: the only asynchronous step.
-
-    async def _copy_rows(self) -> None:
-        facts, path = self._facts, self._building / "progress.json"
-        done = int(json.loads(path.read_bytes())["rows"]) if path.exists() else 0
-        if done == facts.count:
-            return
-        synced = done
-
-        def keep() -> None:
-            vectors.sync()
-            passages.sync()
-            write_atomically(path, json.dumps({"rows": done}).encode())
-
+    async def _copy_rows(self, done: int) -> None:
+        facts, synced = self._facts, time.monotonic()
         with (
-            closing(VectorWriter(self._folder, facts.dimension, self._settings.vectors, done)) as vectors,
-            closing(PassageWriter(self._folder, done)) as passages,
-            _Phase(self._emit, "rows", facts.count, "passages") as phase,
+            closing(RowWriter(self._folder, facts.dimension, done)) as writer,
+            build_phase(self._options.emit, "rows", facts.count, "passages") as advance,
         ):
-            phase.advance(done)
-            async for block, numbers in self._source.blocks(done):
-                ready = self._checked(len(block), numbers, done)
-                await in_thread(partial(_append, vectors, passages, ready, block))
-                done += len(block)
-                phase.advance(done)
-                if self._on_progress is not None:
-                    self._on_progress(done, facts.count)
-                if done - synced >= _SYNC_ROWS or done == facts.count:
-                    await in_thread(keep)
-                    await self._source.kept(done)
-                    synced = done
+            advance(done)
+            try:
+                async with aclosing(self._source.blocks(done)) as blocks:
+                    async for passages, vectors in blocks:
+                        ready = self._checked(len(passages), vectors, done)
+                        await in_thread(partial(writer.append, passages, ready))
+                        done += len(passages)
+                        advance(done)
+                        self._options.progress(done, facts.count)
+                        if time.monotonic() - synced >= _SYNC_SECONDS:
+                            await in_thread(partial(self._keep, "rows", done, writer))
+                            synced = time.monotonic()
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await in_thread(partial(self._keep, "rows", done, writer))
         if done != facts.count:
             raise StoreError(
                 f"{facts.name} returned {done:,} rows instead of {facts.count:,}: it changed during the build"
@@ -189,160 +159,100 @@ class CompactBuilder:
 
     def _checked(self, passages: int, vectors: Vectors, start: int) -> Vectors:
         facts = self._facts
-        if vectors.shape != (passages, facts.dimension):
+        if vectors.shape != (passages, facts.dimension) or start + passages > facts.count:
             raise StoreError(
-                f"{facts.name}, row {start:,}: vectors of shape {vectors.shape} for {passages} passages of dimension {facts.dimension}"
+                f"{facts.name} returned {passages:,} passages with vectors {vectors.shape} at row {start:,}, instead of {facts.count:,} "
+                f"rows of dimension {facts.dimension}: it changed during the build"
             )
-        if start + passages > facts.count:
-            raise StoreError(
-                f"{facts.name} returned more than the {facts.count:,} rows it had reported: it changed during the build"
-            )
-        if not (usable := are_usable(vectors)).all():
-            row = start + int(np.flatnonzero(~usable)[0])
-            raise StoreError(f"{facts.name}: the vector of row {row:,} has non-finite or too large values")
-        ready = ready_vectors(vectors, facts.metric)
+        with np.errstate(over="ignore", invalid="ignore"):
+            ready = ready_vectors(vectors, facts.metric)
         # Inner-product vectors may have any length, beyond what float16 holds.
-        if self._settings.vectors == "float16" and np.abs(ready).max(initial=0) > np.finfo(np.float16).max:
-            raise StoreError(f"{facts.name}: vector values exceed 65,504, the float16 maximum: use vectors='int8'")
+        usable = are_usable(vectors) & (np.abs(ready).max(axis=1, initial=0) <= _MOST_FLOAT16)
+        if not usable.all():
+            row = start + int(np.flatnonzero(~usable)[0])
+            raise StoreError(f"{facts.name}: the vector of row {row:,} has non-finite values, or some above 65,504")
         return ready
 
-    # The remaining steps run in one thread.
+    def _phase(self, name: str, total: int, unit: str) -> AbstractContextManager[Callable[[int], None]]:
+        def emit(event: Event) -> None:
+            anyio.from_thread.check_cancelled()
+            anyio.from_thread.run_sync(self._options.emit, event)
 
-    def _phase(self, name: str, total: int, unit: str) -> _Phase:
-        return _Phase(partial(anyio.from_thread.run_sync, self._emit), name, total, unit)
+        return build_phase(emit, name, total, unit)
 
     def _finish(self, queries: Vectors | None) -> CompactManifest:
+        """The steps after copying, in one thread."""
         import faiss
 
         faiss.omp_set_num_threads(self._threads)
-        facts = self._facts
-        vectors = VectorFile(self._folder, facts.count, facts.dimension, self._settings.vectors)
-        self._write_codes(vectors)
+        vectors = VectorFile(self._folder, self._facts.count, self._facts.dimension)
+        if not (self._folder / CODES_NAME).exists():
+            self._write_codes(vectors)
         return self._seal(self._calibrate(vectors, queries))
 
     def _write_codes(self, vectors: VectorFile) -> None:
-        target = self._folder / CODES_NAME
-        if target.exists():
-            return
-        metric = self._facts.metric
+        metric, done, building = self._facts.metric, self._kept.get("codes", 0), self._building
         centres = self._centres(vectors)
-        assigner = ListAssigner(centres, metric, self._settings.seed, self._threads)
-        index, done = self._begun_codes()
-        if index is None:
-            index = empty_codes(centres, metric)
-        with self._phase("codes", len(vectors), "passages") as phase:
-            phase.advance(done)
-            since = 0
+        assigner, encoder = ListAssigner(centres, metric, self._threads), Encoder(centres, metric)
+        sizes = {building / "codes.bin": done * encoder.code_size, building / "lists.bin": 4 * done}
+        with closing(AppendedFiles(sizes)) as files, self._phase("codes", len(vectors), "passages") as advance:
+            advance(done)
             for first, slab in prepared_ahead(vectors.slabs(done, size=_CODE_ROWS)):
-                anyio.from_thread.check_cancelled()
-                add_codes(index, slab, assigner.nearest(slab))
-                phase.advance(first + len(slab))
-                since += 1
-                if since == _CODE_BLOCKS_KEPT and index.ntotal < len(vectors):
-                    self._keep_codes(index)
-                    since = 0
-        write_codes(index, self._folder)
-        for path in self._code_files():
-            path.unlink()
-
-    def _begun_codes(self) -> tuple[Any, int]:
-        """Loads the last checkpoint of the codes, if any."""
-        for path in reversed(self._code_files()):
-            index = load_codes(path)
-            return index, int(index.ntotal)
-        return None, 0
-
-    def _keep_codes(self, index: Any) -> None:
-        older = self._code_files()
-        save_codes(index, self._building / f"codes-{index.ntotal:012d}.faiss")
-        for path in older:
-            path.unlink()
-
-    def _code_files(self) -> list[Path]:
-        return sorted(self._building.glob("codes-*.faiss"))
+                lists = assigner.nearest(slab)
+                files.write(encoder.encode(slab, lists).tobytes(), lists.astype("<i4").tobytes())
+                advance(first + len(slab))
+                self._keep("codes", first + len(slab), files)
+        codes = np.memmap(building / "codes.bin", np.uint8, "r", shape=(len(vectors), encoder.code_size))
+        encoder.write(codes, np.fromfile(building / "lists.bin", "<i4"), self._folder)
 
     def _centres(self, vectors: VectorFile) -> Vectors:
-        """List centres, cached on disk."""
-        path = self._building / "centres.npz"
-        if path.exists():
-            with np.load(path) as kept:
-                return kept["centres"]
-        count, seed = len(vectors), self._settings.seed
-        with self._phase("lists", self._lists, "lists") as phase:
-            check = anyio.from_thread.check_cancelled
-            sample = vectors.gather(np.sort(_chosen(count, sample_size(count, self._lists), seed)), check)
+        path, count, check = self._building / "centres.npz", len(vectors), anyio.from_thread.check_cancelled
+        # A missing or damaged file is made again.
+        with suppress(OSError, ValueError, KeyError, BadZipFile):
+            return np.load(BytesIO(path.read_bytes()))["made"]
+        with self._phase("lists", self._lists, "lists") as advance:
+            sample = vectors.gather(chosen_rows(count, sample_size(count, self._lists), SEED), check)
             # Shuffled, because neighbouring rows are alike.
-            np.random.default_rng(seed).shuffle(sample)
+            np.random.default_rng(SEED).shuffle(sample)
             # Normalised like the vectors: longer centres (of tighter lists) would draw queries away from wide lists.
-            centres = ready_vectors(learn_centres(sample, self._lists, seed, check), self._facts.metric)
-            write_arrays(path, centres=centres)
-            phase.advance(self._lists)
+            centres = ready_vectors(learn_centres(sample, self._lists, check), self._facts.metric)
+            write_arrays(path, made=centres)
+            advance(self._lists)
         return centres
 
     def _calibrate(self, vectors: VectorFile, queries: Vectors | None) -> Calibration:
-        settings, facts = self._settings, self._facts
-        origin, own_rows = "queries", None
+        metric, count, rows, origin = self._facts.metric, len(vectors), None, "queries"
         if queries is None:
-            rows = np.sort(_chosen(len(vectors), SAMPLE_QUERIES, settings.seed + 1))
-            origin, queries = "passages", vectors.gather(rows)
-            own_rows = rows if len(vectors) > 1 else None  # a single passage has no other to find
-        queries = ready_vectors(queries, facts.metric)
-        results = min(max(EXACT_RESULTS, settings.recall_at), max(1, len(vectors) - 1))
-        exact = self._exact(vectors, queries, results, own_rows)
-        with self._phase("calibrate", 1, "curves") as phase:
-            reader = CompactIndex(Codes(self._folder, self._threads, facts.metric), vectors, facts.metric)
-            at = min(settings.recall_at, results)
-            curve = measure(
-                reader,
-                queries,
-                exact,
-                at,
-                own_rows=own_rows,
-                asked=settings.recall,
-                check=anyio.from_thread.check_cancelled,
-            )
-            phase.advance(1)
-        return calibration_of(curve, settings.recall, settings.recall_at, reader.mean_list, len(queries), origin)
-
-    def _exact(self, vectors: VectorFile, queries: Vectors, results: int, own_rows: Rows | None) -> Rows:
-        """Brute-force neighbours, cached with their queries: a resumed build may be given others."""
-        path = self._building / "exact.npz"
-        if path.exists():
-            with np.load(path) as kept:
-                if np.array_equal(kept["queries"], queries) and kept["rows"].shape[1] == results:
-                    return kept["rows"]
-        with self._phase("exact", len(vectors), "passages") as phase:
-
-            def advance(done: int) -> None:
-                anyio.from_thread.check_cancelled()
-                phase.advance(done)
-
-            rows = exact_nearest(queries, vectors, self._facts.metric, results, own_rows, advance)
-        write_arrays(path, queries=queries, rows=rows)
-        return rows
+            origin, rows = "passages", chosen_rows(count, SAMPLE_QUERIES, SEED + 1)
+            queries = vectors.gather(rows)
+        queries = ready_vectors(queries, metric)
+        with self._phase("exact", count, "passages") as advance:
+            exact = exact_nearest(queries, vectors, metric, RECALL_AT + 1, advance)
+        if rows is not None and count > 1:  # each but itself; a single passage has no other to find
+            order = np.argsort(exact == rows[:, None], axis=1, kind="stable")
+            exact = np.take_along_axis(exact, order, 1)[:, :-1]
+        index = CompactIndex(Codes(self._folder, self._threads, metric), vectors, metric)
+        with self._phase("calibrate", self._lists, "lists") as advance:
+            return calibrate(index, queries, exact[:, :RECALL_AT], self._settings.recall, origin, advance)
 
     def _seal(self, calibration: Calibration) -> CompactManifest:
         import faiss
 
-        facts, settings = self._facts, self._settings
-        names = file_names(settings.vectors)
-        with self._phase("checksums", len(names), "files") as phase:
-            files = {}
-            for number, name in enumerate(names, start=1):
+        facts, files = self._facts, {}
+        with self._phase("checksums", len(FILE_NAMES), "files") as advance:
+            for number, name in enumerate(FILE_NAMES, start=1):
                 files[name] = record_of(self._folder / name, anyio.from_thread.check_cancelled)
-                phase.advance(number)
+                advance(number)
         manifest = CompactManifest(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             passages=facts.count,
             dimension=facts.dimension,
             metric=facts.metric,
-            vectors=settings.vectors,
             lists=self._lists,
-            seed=settings.seed,
             source=facts.name,
             source_fingerprint=facts.fingerprint,
-            embedder=facts.embedder,
-            embedder_fingerprint=facts.embedder_fingerprint,
+            embedder=self._embedder[0],
+            embedder_fingerprint=self._embedder[1],
             files=files,
             calibration=calibration,
             versions={"faiss": faiss.__version__, "numpy": np.__version__},
@@ -352,28 +262,93 @@ class CompactBuilder:
         return manifest
 
 
-class _Phase:
-    """Emits the events of one build step."""
-
-    def __init__(self, emit: Emit, name: str, total: int, unit: str) -> None:
-        self._emit, self._name, self._total, self._unit = emit, name, total, unit
-
-    def __enter__(self) -> _Phase:
-        self._began = time.monotonic()
-        self._emit(PhaseStarted(self._name, self._total, self._unit))
-        return self
-
-    def advance(self, done: int) -> None:
-        self._emit(PhaseAdvanced(self._name, done))
-
-    def __exit__(self, *_: object) -> None:
-        self._emit(PhaseEnded(self._name, time.monotonic() - self._began))
+def chosen_rows(count: int, size: int, seed: int) -> Rows:
+    """Up to ``size`` rows drawn at random, ascending."""
+    return np.sort(np.random.default_rng(seed).choice(count, min(size, count), replace=False))
 
 
-def _append(vectors: VectorWriter, passages: PassageWriter, numbers: Vectors, block: list[Passage]) -> None:
-    vectors.append(numbers)
-    passages.append(block)
+def calibrate(
+    index: CompactIndex,
+    queries: Vectors,
+    exact: Rows,
+    asked: float,
+    origin: str,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Calibration:
+    """Measures each choice for queries ``[n, dimension]``, until more probes would not be chosen, and chooses one for the recall ``asked``.
+
+    ``exact`` are the exact nearest rows, ``[n, results]``, nearest first; ``advance`` is called with the lists probed so far. Re-ranking
+    is exact, so recall is that of the candidates, and one search serves all smaller candidate counts.
+    """
+    count, lists = len(queries), len(index.codes.list_sizes)
+    mean_list, curve = index.codes.count / lists, list[CurvePoint]()
+    gap = np.sort(np.concatenate([index.codes.distances(part)[1] for part in _batches(queries)]), axis=1)
+    for probes in probe_steps(lists):
+        most = min(MOST_OF_MEAN * probes, lists)
+        probing = Probing(None if probes == lists else margin_of(gap, probes, most), most)
+        parts, searching = list[Rows](), 0.0
+        for part in _batches(queries):
+            advance(probes)
+            began = time.perf_counter()
+            parts.append(index.candidates(part, CANDIDATES[-1], probing))
+            searching += time.perf_counter() - began
+            index.rank(part, parts[-1], RECALL_AT)  # untimed: it reads the candidates from disk
+        found = np.concatenate(parts)
+        for candidates in CANDIDATES:
+            began = time.perf_counter()
+            for part, rows in zip(_batches(queries), parts, strict=True):
+                index.rank(part, np.ascontiguousarray(rows[:, :candidates]), RECALL_AT)
+            speed = round(count / max(searching + time.perf_counter() - began, 1e-9), 1)
+            share = round(recall(found[:, :candidates], exact), 4)
+            curve.append(CurvePoint(probes, most, probing.margin, candidates, share, speed))
+        if is_enough(curve[-1], asked, mean_list, count):
+            break
+    advance(lists)
+    chosen = choose(curve, asked, mean_list, count)
+    probed = (chosen.probes, chosen.most_probes, chosen.margin)
+    return Calibration(count, origin, *probed, chosen.candidates, chosen.recall_at_3, asked, RECALL_AT, tuple(curve))
 
 
-def _chosen(count: int, size: int, seed: int) -> Rows:
-    return np.random.default_rng(seed).choice(count, min(size, count), replace=False)
+def _batches(rows: NDArray) -> list[NDArray]:
+    return [rows[first : first + BATCH] for first in range(0, len(rows), BATCH)]
+
+
+def probe_steps(lists: int) -> list[int]:
+    """Mean numbers of probes to try: powers of sqrt(2), up to all lists."""
+    steps = {min(lists, round(2 ** (half / 2))) for half in range(2 * math.ceil(math.log2(max(lists, 1))) + 1)}
+    return sorted({*steps, lists})
+
+
+def recall(found: Rows, exact: Rows) -> float:
+    """The share of the exact rows that are found; both arrays are ``[queries, n]``."""
+    return float((exact[:, :, None] == found[:, None, :]).any(axis=2).mean())
+
+
+def choose(curve: Sequence[CurvePoint], asked: float, mean_list: float, queries: int) -> CurvePoint:
+    """The best affordable choice whose recall is a standard error above the target; else the cheapest such one, else the best recall.
+
+    Recall above the target is taken when cheap, since other questions may be harder than the sample. ``mean_list``: codes per list.
+    """
+    able = [point for point in curve if _surely_reaches(point, asked, queries)]
+    affordable = [point for point in able if cost(point, mean_list) <= AFFORDABLE]
+    if affordable or not able:
+        pool = affordable or curve
+        best = max(point.recall_at_3 for point in pool) - _NO_DIFFERENCE
+        able = [point for point in pool if point.recall_at_3 >= best]
+    return min(able, key=lambda point: (cost(point, mean_list), point.probes))
+
+
+def is_enough(point: CurvePoint, asked: float, mean_list: float, queries: int) -> bool:
+    """Whether to stop trying more probes: the target is reached, and more is not possible or not affordable."""
+    is_last = point.recall_at_3 >= 1 - _NO_DIFFERENCE or cost(point, mean_list) >= AFFORDABLE
+    return is_last and _surely_reaches(point, asked, queries)
+
+
+def _surely_reaches(point: CurvePoint, asked: float, queries: int) -> bool:
+    share = point.recall_at_3
+    return share - math.sqrt(share * (1 - share) / queries) >= asked
+
+
+def cost(point: CurvePoint, mean_list: float) -> float:
+    """Cost per query, in codes compared, so that a choice is the same on every machine: a list costs 450 beside its own, a candidate 60."""
+    return point.probes * (mean_list + 450) + point.candidates * 60

@@ -1,7 +1,15 @@
-"""The rows of an index: full vectors (float16 or int8) and passages, appended during a build and read at random.
+"""The files of a compact index: its manifest, and its rows, which are appended during a build and read at random.
 
-A passage is a JSON line, found by its byte offset in another file: it takes two reads, and any tool can open the file. Arrow
-validates whole chunks on opening; Parquet reads a page per row.
+One folder, read-only once complete::
+
+    manifest.json      description, provenance, and checksums of the other files
+    codes.faiss        centres of the inverted lists, in faiss's format
+    lists.bin          per list, its 1-bit codes (RaBitQ) and their rows; memory-mapped
+    lists.sizes        codes per list: int64, little-endian
+    vectors.bin        full vectors by row, float16; used to re-rank candidates
+    passages.jsonl     passages, one ``["id", "title", "text"]`` per line
+    passages.offsets   byte offset of each line, and of the end: uint64, little-endian
+    building/          present only during a build (:mod:`.assembly`)
 """
 
 from __future__ import annotations
@@ -9,19 +17,36 @@ from __future__ import annotations
 import errno
 import os
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
+import msgspec
 import numpy as np
-import orjson
 from numpy.typing import NDArray
+from pydantic import Field
 
+from searchr1_async.boundary.paths import write_atomically
+from searchr1_async.boundary.settings import Count, check_settings
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import StoreError
-from searchr1_async.search.compact.layout import OFFSETS_NAME, PASSAGES_NAME, SCALES_NAME, VECTORS_NAME, VectorType
 from searchr1_async.search.embedders import Vectors
+from searchr1_async.search.stores.vector_store import FileRecord, Metric
 
+COMPACT_FORMAT: Literal[2] = 2
+MANIFEST_NAME = "manifest.json"
+CODES_NAME = "codes.faiss"
+LISTS_NAME = "lists.bin"
+SIZES_NAME = "lists.sizes"
+VECTORS_NAME = "vectors.bin"
+PASSAGES_NAME = "passages.jsonl"
+OFFSETS_NAME = "passages.offsets"
+BUILDING_NAME = "building"
+FILE_NAMES = (CODES_NAME, LISTS_NAME, SIZES_NAME, VECTORS_NAME, PASSAGES_NAME, OFFSETS_NAME)
+"""All files of an index besides the manifest."""
+
+Positive = Annotated[int, msgspec.Meta(ge=1)]
 Rows = NDArray[np.int64]
 """Row numbers, from 0."""
 SLAB_ROWS = 65_536
@@ -30,118 +55,179 @@ _QUERIES_TOGETHER = 8
 """Queries ranked at a time; their candidates fit the CPU cache."""
 _ASKED_TOGETHER = 16_384
 """Rows requested from the disk ahead of the first read."""
-OFFSET_BYTES = 8
 
 
-class AppendedFile:
-    """A file truncated to ``size`` bytes, then appended to.
+@dataclass(frozen=True, slots=True)
+class CompactSettings:
+    """Build settings of a compact index. Raises ConfigurationError if one is out of range."""
 
-    Raises:
-        OSError: it cannot be opened, or is shorter.
-    """
+    recall: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Target share of the exact 3 nearest passages. Calibration may exceed it while queries stay cheap."""
+    lists: Count | None = None
+    """Inverted lists; None uses :func:`~searchr1_async.search.compact.codes.lists_for`."""
 
-    def __init__(self, path: Path, size: int) -> None:
-        self._file = path.open("r+b" if path.exists() else "w+b")
-        if self._file.seek(0, 2) < size:
-            self._file.close()
-            raise OSError(f"{path} is shorter than the recorded progress: delete the folder and start again")
-        self._file.seek(size)
-        self._file.truncate()
-
-    def write(self, content: bytes) -> None:
-        """Appends and flushes; survives a kill of the process."""
-        self._file.write(content)
-        self._file.flush()
-
-    def sync(self) -> None:
-        """Flushes to disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
-def row_bytes(dimension: int, kind: VectorType) -> int:
-    """Bytes per vector on disk."""
-    return 2 * dimension if kind == "float16" else dimension + 4
+@dataclass(frozen=True, slots=True)
+class CurvePoint:
+    """Measurement of one choice of probes and candidates, as in :class:`Calibration`."""
+
+    probes: Positive
+    most_probes: Positive
+    margin: float | None
+    candidates: Positive
+    recall_at_3: float
+    queries_per_second: float
+    """Batched, with a warm page cache, on the build machine."""
 
 
-def quantised(vectors: Vectors) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """int8 values ``[rows, dimension]`` and the scale of each row, ``[rows]``."""
-    scales = np.abs(vectors).max(axis=1) / np.float32(127)
-    scales[scales == 0] = 1
-    return np.rint(vectors / scales[:, None]).astype(np.int8), scales.astype(np.float32)
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """The chosen probes and candidates, measured on so many sample queries, and the measurements behind the choice."""
+
+    queries: int
+    origin: str
+    """``"queries"`` (given by the user) or ``"passages"`` (of the index, each excluded from its own results)."""
+    probes: Positive
+    """Mean inverted lists searched per query; ``most_probes`` are the most."""
+    most_probes: Positive
+    margin: Annotated[float, msgspec.Meta(ge=0)] | None
+    """A list is searched if its :func:`gap <searchr1_async.search.compact.codes.centre_distances>` is at most this; None: no limit."""
+    candidates: Positive
+    """Passages nearest by their codes, re-ranked by their full vectors."""
+    recall: float
+    """On the sample, at ``recall_at`` results; ``asked`` is the target."""
+    asked: float
+    recall_at: int
+    curve: tuple[CurvePoint, ...]
 
 
-class VectorWriter:
-    """Appends rows after those already kept.
+@dataclass(frozen=True, slots=True)
+class CompactManifest:
+    """Describes a compact index."""
 
-    Args:
-        folder: index folder.
-        dimension: numbers per vector.
-        kind: storage type.
-        rows: rows already kept; anything after them is truncated.
+    created: str
+    """UTC, ISO 8601."""
+    passages: Positive
+    dimension: Positive
+    metric: Metric
+    lists: Positive
+    source: str
+    source_fingerprint: str
+    embedder: str | None
+    """As accepted by :func:`~searchr1_async.search.gemini.make_embedder`; None: the caller has to name it."""
+    embedder_fingerprint: str | None
+    files: dict[str, FileRecord]
+    calibration: Calibration
+    vectors: Literal["float16"] = "float16"
+    versions: dict[str, str] = field(default_factory=dict)
+    """faiss and numpy versions."""
+    kind: Literal["searchr1_async compact index"] = "searchr1_async compact index"
+    format: Literal[2] = COMPACT_FORMAT
 
-    Raises:
-        OSError: the files cannot be written, or are shorter than ``rows``.
-    """
+    def save(self, folder: Path) -> None:
+        """Writes ``manifest.json`` atomically, which completes the index. Raises OSError."""
+        write_atomically(folder / MANIFEST_NAME, msgspec.json.format(msgspec.json.encode(self), indent=1))
 
-    def __init__(self, folder: Path, dimension: int, kind: VectorType, rows: int) -> None:
-        self._kind = kind
-        self._vectors = AppendedFile(folder / VECTORS_NAME, rows * dimension * (2 if kind == "float16" else 1))
+    @classmethod
+    def load(cls, folder: Path) -> CompactManifest:
+        """Loads the manifest of a complete index. Raises StoreError."""
+        path = folder / MANIFEST_NAME
         try:
-            self._scales = AppendedFile(folder / SCALES_NAME, 4 * rows) if kind == "int8" else None
-        except OSError:
-            self._vectors.close()
-            raise
+            found = msgspec.json.decode(path.read_bytes(), type=cls)
+        except OSError as error:
+            state = f"no compact index ({path} cannot be read: {error.strerror or error})"
+            if (folder / BUILDING_NAME).is_dir():
+                state = "an unfinished compact index: run the build command again"
+            raise StoreError(f"{folder} holds {state}", is_fatal=True) from error
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            problem = f"{path} is corrupt, or not the manifest of a compact index of format {COMPACT_FORMAT} ({error})"
+            advice = "name another folder, or rebuild it"
+            if "'int8'" in str(error):
+                problem, advice = f"{folder} was made by version 0.1 with int8 vectors", "delete it and build it again"
+            raise StoreError(f"{problem}: {advice}", is_fatal=True) from error
+        if missing := sorted(set(FILE_NAMES) - found.files.keys()):
+            raise StoreError(f"{path} is corrupt (it does not list {', '.join(missing)})", is_fatal=True)
+        return found
 
-    def append(self, vectors: Vectors) -> None:
-        """Writes ``[n, dimension]``. Survives a kill; surviving a power cut takes :meth:`sync`."""
-        if self._scales is None:
-            self._vectors.write(vectors.astype("<f2").tobytes())
-        else:
-            numbers, scales = quantised(vectors)
-            self._vectors.write(numbers.tobytes())
-            self._scales.write(scales.astype("<f4").tobytes())
+    @property
+    def bytes(self) -> int:
+        return sum(record.bytes for record in self.files.values())
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal content, wherever it is stored."""
+        return "-".join(["compact", *(f"{record.blocks[:16]}{record.blocks[-16:]}" for record in self.files.values())])
+
+
+class AppendedFiles:
+    """Files to which a build appends rows, after the ``sizes`` in bytes that were kept. Raises StoreError if a file is shorter.
+
+    What is written survives a kill; surviving a power cut takes :meth:`sync`.
+    """
+
+    def __init__(self, sizes: Mapping[Path, int]) -> None:
+        for path, size in sizes.items():
+            if size and path.stat().st_size < size:
+                raise StoreError(f"{path} is shorter than the recorded progress: delete the folder and start again")
+        self._files = [path.open("ab") for path in sizes]
+        for file, size in zip(self._files, sizes.values(), strict=True):
+            file.truncate(size)
+
+    def write(self, *contents: bytes) -> None:
+        for file, content in zip(self._files, contents, strict=True):
+            file.write(content)
+            file.flush()
 
     def sync(self) -> None:
-        """Flushes to disk."""
-        for file in (self._vectors, self._scales):
-            if file is not None:
-                file.sync()
+        for file in self._files:
+            os.fsync(file.fileno())
 
     def close(self) -> None:
-        for file in (self._vectors, self._scales):
-            if file is not None:
-                file.close()
+        for file in self._files:
+            file.close()
+
+
+class RowWriter(AppendedFiles):
+    """Appends passages and their vectors after the first ``rows`` in the folder. Raises OSError."""
+
+    def __init__(self, folder: Path, dimension: int, rows: int) -> None:
+        offsets = folder / OFFSETS_NAME
+        # Where the offset is missing, the file is shorter than it is opened for.
+        self._end = int(sum(np.fromfile(offsets, "<u8", 1, offset=8 * rows))) if rows else 0
+        sizes = {folder / PASSAGES_NAME: self._end, offsets: 8 * (rows + 1) if rows else 0}
+        super().__init__({**sizes, folder / VECTORS_NAME: 2 * rows * dimension})
+        if not rows:
+            self.write(b"", bytes(8), b"")
+
+    def append(self, passages: Sequence[Passage], vectors: Vectors) -> None:
+        """Writes passages and their vectors, ``[passages, dimension]``."""
+        lines = [_encoded(passage) + b"\n" for passage in passages]
+        ends = self._end + np.cumsum([len(line) for line in lines], dtype=np.uint64)
+        self.write(b"".join(lines), ends.astype("<u8").tobytes(), vectors.astype("<f2").tobytes())
+        self._end = int(ends[-1]) if lines else self._end
+
+
+def _encoded(passage: Passage) -> bytes:
+    fields = [passage.id, passage.title, passage.text]
+    try:
+        return msgspec.json.encode(fields)
+    except UnicodeEncodeError:  # lone surrogates are not valid UTF-8
+        return msgspec.json.encode([field.encode("utf-8", "replace").decode() for field in fields])
 
 
 class VectorFile:
-    """Random access to the vectors, shared between processes through the page cache.
+    """Random access to the ``rows`` vectors of an index folder, shared between processes through the page cache. Raises OSError.
 
-    Rows are read, not mapped: touching a mapped page maps up to 2 MB around it, all counted as the process's memory. All rows of
-    a call are first requested with ``posix_fadvise``, which does not block, then read.
-
-    Args:
-        folder: index folder.
-        rows: number of vectors.
-        dimension: numbers per vector.
-        kind: storage type.
-
-    Raises:
-        OSError: a file is missing or too short.
+    Rows are read, not mapped: touching a mapped page maps up to 2 MB around it, all counted as the process's memory.
     """
 
-    def __init__(self, folder: Path, rows: int, dimension: int, kind: VectorType) -> None:
-        self._path, self._rows, self._dimension = folder / VECTORS_NAME, rows, dimension
-        self._dtype: Any = np.dtype("<f2") if kind == "float16" else np.dtype(np.int8)
-        self._row_bytes = dimension * self._dtype.itemsize
-        self._scales: Vectors | None = None
-        if kind == "int8":
-            self._scales = np.fromfile(folder / SCALES_NAME, "<f4", rows)
-            _refuse_short(folder / SCALES_NAME, 4 * rows)
-        _refuse_short(self._path, rows * self._row_bytes)
+    def __init__(self, folder: Path, rows: int, dimension: int) -> None:
+        self._path, self._rows, self._dimension, self._row_bytes = folder / VECTORS_NAME, rows, dimension, 2 * dimension
+        if self._path.stat().st_size < rows * self._row_bytes:
+            raise StoreError(f"{self._path} has fewer than {rows:,} rows: delete the folder and start again")
         self._file = os.open(self._path, os.O_RDONLY)
         # Closed with the last reference: an abandoned search may still be reading.
         weakref.finalize(self, os.close, self._file)
@@ -157,7 +243,7 @@ class VectorFile:
         for first in range(0, len(rows), _ASKED_TOGETHER):
             check()
             part = rows[first : first + _ASKED_TOGETHER]
-            out[first : first + len(part)] = self._as_numbers(self._read(part), part)
+            out[first : first + len(part)] = self._read(part)
         return out
 
     def slabs(self, start: int = 0, size: int = SLAB_ROWS) -> Iterator[tuple[int, Vectors]]:
@@ -165,18 +251,13 @@ class VectorFile:
         for first in range(start, len(self), size):
             count = min(size, len(self) - first)
             # A separate file handle: the other is advised for random access.
-            part = np.fromfile(self._path, self._dtype, count * self._dimension, offset=first * self._row_bytes)
-            yield first, self._as_numbers(part.reshape(count, self._dimension), np.arange(first, first + count))
+            part = np.fromfile(self._path, "<f2", count * self._dimension, offset=first * self._row_bytes)
+            yield first, part.reshape(count, self._dimension).astype(np.float32)
 
     def products(self, queries: Vectors, rows: Rows) -> tuple[Vectors, Vectors]:
-        """Inner products of each query with its candidates, and the candidates' squared lengths.
+        """Inner products of queries ``[n, dimension]`` with their candidates ``rows[n, candidates]``, and the candidates' squared lengths.
 
-        Args:
-            queries: ``[queries, dimension]``.
-            rows: ``[queries, candidates]``.
-
-        Returns:
-            Two float32 arrays ``[queries, candidates]``.
+        Both are float32, ``[n, candidates]``.
         """
         products, lengths = np.empty(rows.shape, np.float32), np.empty(rows.shape, np.float32)
         asked = max(1, _ASKED_TOGETHER // max(1, rows.shape[1]))
@@ -187,20 +268,12 @@ class VectorFile:
                 part = slice(begin + first, begin + first + len(numbers))
                 np.matmul(numbers, queries[part, :, None], out=products[part, :, None])
                 np.einsum("qcd,qcd->qc", numbers, numbers, out=lengths[part])
-        if self._scales is not None:
-            scales = self._scales[rows]
-            products, lengths = products * scales, lengths * scales**2
         return products, lengths
 
-    def _as_numbers(self, kept: NDArray[Any], rows: Rows) -> Vectors:
-        numbers = kept.astype(np.float32)
-        return numbers if self._scales is None else numbers * self._scales[rows][:, None]
-
-    def _read(self, rows: Rows) -> NDArray[Any]:
-        """Rows in their storage type."""
-        out = np.empty((len(rows), self._dimension), self._dtype)
+    def _read(self, rows: Rows) -> NDArray[np.float16]:
+        out = np.empty((len(rows), self._dimension), "<f2")
         size, places = self._row_bytes, (rows * self._row_bytes).tolist()
-        if hasattr(os, "posix_fadvise"):
+        if hasattr(os, "posix_fadvise"):  # requests all of them at once; does not block
             for place in places:
                 os.posix_fadvise(self._file, place, size, os.POSIX_FADV_WILLNEED)
         view = out.view(np.uint8).reshape(-1).data
@@ -210,63 +283,11 @@ class VectorFile:
         return out
 
 
-def _refuse_short(path: Path, size: int) -> None:
-    if (found := path.stat().st_size) < size:
-        raise OSError(errno.EINVAL, f"has {found:,} bytes of {size:,}", str(path))
-
-
-class PassageWriter:
-    """Appends passages after those already kept.
-
-    Args:
-        folder: index folder.
-        rows: rows already kept; anything after them is truncated.
-
-    Raises:
-        OSError: the files cannot be written, or are shorter than ``rows``.
-    """
-
-    def __init__(self, folder: Path, rows: int) -> None:
-        self._offsets = AppendedFile(folder / OFFSETS_NAME, OFFSET_BYTES * (rows + 1) if rows else 0)
-        self._end = 0
-        if rows:
-            self._end = int(np.fromfile(folder / OFFSETS_NAME, "<u8", 1, offset=OFFSET_BYTES * rows)[0])
-        else:
-            self._offsets.write(bytes(OFFSET_BYTES))
-        try:
-            self._lines = AppendedFile(folder / PASSAGES_NAME, self._end)
-        except OSError:
-            self._offsets.close()
-            raise
-
-    def append(self, passages: Sequence[Passage]) -> None:
-        """Writes passages. They survive a kill; surviving a power cut takes :meth:`sync`."""
-        lines = [_line(passage) for passage in passages]
-        ends = self._end + np.cumsum([len(line) for line in lines], dtype=np.uint64)
-        self._lines.write(b"".join(lines))
-        self._offsets.write(ends.astype("<u8").tobytes())
-        self._end = int(ends[-1]) if lines else self._end
-
-    def sync(self) -> None:
-        """Flushes to disk."""
-        self._lines.sync()
-        self._offsets.sync()
-
-    def close(self) -> None:
-        self._lines.close()
-        self._offsets.close()
+_decoder = msgspec.json.Decoder(tuple[str, str, str])
 
 
 class PassageFile:
-    """Random access to the passages.
-
-    Args:
-        folder: index folder.
-        rows: number of passages.
-
-    Raises:
-        OSError: a file is missing.
-    """
+    """Random access to the ``rows`` passages of an index folder. Raises OSError."""
 
     def __init__(self, folder: Path, rows: int) -> None:
         self._name = str(folder / PASSAGES_NAME)
@@ -274,25 +295,13 @@ class PassageFile:
         self._file = (folder / PASSAGES_NAME).open("rb", buffering=0)
 
     def read(self, row: int, score: float = 0.0) -> Passage:
-        """The passage of a row, with the given score.
-
-        Raises:
-            StoreError: the file is corrupt at this row.
-        """
+        """The passage of a row, with the given score. Raises StoreError if the file is corrupt there."""
         start, end = int(self._offsets[row]), int(self._offsets[row + 1])
         try:
-            own_id, title, text = orjson.loads(os.pread(self._file.fileno(), end - start, start))
-            return Passage(own_id, title, text, score)
-        except (OSError, ValueError, TypeError) as error:
-            raise StoreError(f"{self._name} is corrupt at row {row:,}: verify the index, or copy it again") from error
+            fields = _decoder.decode(os.pread(self._file.fileno(), end - start, start))
+            return Passage(*fields, score)
+        except (OSError, ValueError, msgspec.MsgspecError) as error:
+            raise StoreError(f"{self._name} is corrupt at row {row:,}: copy the index again, or rebuild it") from error
 
     def close(self) -> None:
         self._file.close()
-
-
-def _line(passage: Passage) -> bytes:
-    fields = [passage.id, passage.title, passage.text]
-    try:
-        return orjson.dumps(fields) + b"\n"
-    except orjson.JSONEncodeError:  # lone surrogates are not valid UTF-8
-        return orjson.dumps([field.encode("utf-8", "replace").decode() for field in fields]) + b"\n"

@@ -23,14 +23,11 @@ class Arrays:
         self.metric: Metric = metric
         self.name = name
         self.block = block
-        self.embedder: str | None = None
-        self.embedder_fingerprint: str | None = None
         self.claimed: int | None = None
         """Rows that it says it has; None: as many as it gives."""
         self.fails_at: int | None = None
         """Row at which it breaks."""
         self.begun_at: list[int] = []
-        self.kept_rows: list[int] = []
         self.is_open = False
 
     async def open(self) -> SourceFacts:
@@ -41,8 +38,6 @@ class Arrays:
             len(self.vectors) if self.claimed is None else self.claimed,
             self.vectors.shape[1],
             self.metric,
-            self.embedder,
-            self.embedder_fingerprint,
         )
 
     async def blocks(self, start: int) -> AsyncGenerator[Block, None]:
@@ -52,9 +47,6 @@ class Arrays:
             if self.fails_at is not None and first + len(part) > self.fails_at:
                 raise StoreError(f"{self.name} broke at row {self.fails_at}")
             yield [passage_of(first + place) for place in range(len(part))], np.asarray(part, np.float32)
-
-    async def kept(self, rows: int) -> None:
-        self.kept_rows.append(rows)
 
     async def aclose(self) -> None:
         self.is_open = False

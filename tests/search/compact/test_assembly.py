@@ -17,16 +17,16 @@ from searchr1_async.errors import StoreError
 from searchr1_async.events import Event, PhaseAdvanced, PhaseEnded, PhaseStarted
 from searchr1_async.search.compact import assembly as build
 from searchr1_async.search.compact.assembly import CompactBuilder
-from searchr1_async.search.compact.files import VectorFile
-from searchr1_async.search.compact.layout import CompactManifest, CompactSettings
+from searchr1_async.search.compact.files import CompactManifest, CompactSettings, VectorFile
 from searchr1_async.search.compact.store import CompactStore
 from searchr1_async.search.embedders import Vectors
+from searchr1_async.search.passage_embedding import BuildOptions
 from tests.search.compact.arrays import Arrays, clustered, contents
 
 pytestmark = pytest.mark.anyio
 
 ROWS, LISTS = 1_300, 12
-SETTINGS = CompactSettings("int8", LISTS)
+SETTINGS = CompactSettings(lists=LISTS)
 
 
 @pytest.fixture(autouse=True)
@@ -35,9 +35,8 @@ def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def small_steps(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(build, "_SYNC_ROWS", 200)
+    patch.setattr(build, "_SYNC_SECONDS", 0)
     patch.setattr(build, "_CODE_ROWS", 100)
-    patch.setattr(build, "_CODE_BLOCKS_KEPT", 3)
     patch.setattr(build, "SAMPLE_QUERIES", 60)
     patch.setattr(VectorFile.slabs, "__defaults__", (0, 300))
 
@@ -55,7 +54,7 @@ async def make(
     emit: Callable[[Event], None] = ignore,
 ) -> CompactManifest:
     await anyio.Path(folder).mkdir(exist_ok=True)
-    return await CompactBuilder(folder, source, await source.open(), settings, emit).build(queries)
+    return await CompactBuilder(folder, source, await source.open(), settings, BuildOptions(emit=emit)).build(queries)
 
 
 def source(rows: int = ROWS) -> Arrays:
@@ -99,7 +98,6 @@ async def test_phases_are_told_in_their_order(tmp_path: Path, undisturbed: dict[
         done = [event.done for event in events if isinstance(event, PhaseAdvanced) and event.phase == phase]
         assert done == sorted(done)
         assert done[-1] == total
-    assert arrays.kept_rows == [210, 420, 630, 840, 1050, 1260, 1300]
     assert_equal(tmp_path / "index", undisturbed)
     assert (manifest.passages, manifest.dimension, manifest.lists) == (ROWS, 32, LISTS)
     assert (manifest.calibration.queries, manifest.calibration.origin) == (60, "passages")
@@ -118,7 +116,7 @@ async def test_a_source_that_breaks_is_asked_for_the_rest(
         CompactStore(tmp_path / "index")
     arrays.fails_at = None
     await make(tmp_path / "index", arrays)
-    assert arrays.begun_at == [0, row // 210 * 210 if row < 1260 else 1260]
+    assert arrays.begun_at == [0, row // 70 * 70], "every block that came is kept"
     assert_equal(tmp_path / "index", undisturbed)
 
 
@@ -127,7 +125,7 @@ MOMENTS = [
     ("lists", LISTS),
     *[("codes", done) for done in (0, 100, 300, 400, 900, 1_200, ROWS)],
     *[("exact", done) for done in (300, ROWS)],
-    ("calibrate", 1),
+    ("calibrate", LISTS),
     *[("checksums", done) for done in (1, 3, 5)],
 ]
 
@@ -159,13 +157,23 @@ async def test_whatever_ends_it_it_goes_on_to_the_same_files(
             break
     else:
         await make(folder, arrays)
-    # Rows are noted a moment after they are told of; a cancellation at row 0 is met when the first ones are asked for.
-    assert arrays.begun_at == [0] * (how == "a cancellation") + [0, 0, 0, 1050, 1260]
+    # Every row that was told of is kept; a cancellation at row 0 is met when the first ones are asked for.
+    assert arrays.begun_at == [0] * (how == "a cancellation") + [0, 70, 210, 1260]
     assert_equal(folder, undisturbed)
 
 
 @pytest.mark.parametrize(
-    "name", ["save_codes", "write_codes", "write_atomically", "exact_nearest", "measure", "record_of", "learn_centres"]
+    "name",
+    [
+        "RowWriter",
+        "AppendedFiles",
+        "Encoder",
+        "write_atomically",
+        "exact_nearest",
+        "calibrate",
+        "record_of",
+        "learn_centres",
+    ],
 )
 async def test_a_step_that_fails_is_done_again(
     tmp_path: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, name: str
@@ -197,8 +205,12 @@ async def test_what_killed_processes_left_half_written_is_taken_away(
     arrays.fails_at = 500
     with pytest.raises(StoreError):
         await make(folder, arrays)
-    for name in (".codes.faiss.77", ".lists.bin.77", ".manifest.json.77", "building/.codes-000000000300.faiss.77"):
+    left = (".codes.faiss.77", ".lists.bin.77", ".manifest.json.77", "building/.centres.npz.77")
+    for name in left:
         (folder / name).write_bytes(b"half")
+    with pytest.raises(StoreError):
+        await make(folder, arrays)
+    assert not [name for name in left if (folder / name).exists()]
     arrays.fails_at = None
     await make(folder, arrays)
     assert_equal(folder, undisturbed)
@@ -207,9 +219,7 @@ async def test_what_killed_processes_left_half_written_is_taken_away(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"settings": CompactSettings("float16", LISTS)}, r"\(vectors differ\)"),
-        ({"settings": CompactSettings("int8", 5)}, r"\(lists differ\)"),
-        ({"settings": CompactSettings("int8", LISTS, seed=2)}, r"\(seed differ\)"),
+        ({"settings": CompactSettings(lists=5)}, r"\(lists differ\)"),
         ({"name": "others"}, r"\(source differ\)"),
         ({"metric": "ip"}, r"\(metric differ\)"),
         ({"vectors": clustered(ROWS, 16)}, r"\(dimension differ\)"),
@@ -230,8 +240,30 @@ async def test_what_was_begun_otherwise_is_refused(tmp_path: Path, change: dict[
     assert contents(folder) == before
 
 
+@pytest.mark.parametrize("name", ["identity.json", "progress.json"])
+async def test_a_damaged_note_of_a_build_is_refused_in_words(tmp_path: Path, name: str) -> None:
+    folder, arrays = tmp_path / "index", source()
+    arrays.fails_at = 300
+    with pytest.raises(StoreError, match="broke"):
+        await make(folder, arrays)
+    (folder / "building" / name).write_bytes(b"{")
+    with pytest.raises(StoreError, match=r"building is corrupt .*: delete .* and start again"):
+        await make(folder, arrays)
+
+
+async def test_damaged_centres_are_learnt_again(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+    (tmp_path / "index" / "building").mkdir(parents=True)
+    (tmp_path / "index" / "building" / "centres.npz").write_bytes(b"PK\x03\x04 cut short")
+    await make(tmp_path / "index", source())
+    assert_equal(tmp_path / "index", undisturbed)
+
+
 @pytest.mark.parametrize(
-    ("claimed", "words"), [(ROWS - 1, "more than the 1,299 rows"), (ROWS + 1, "1,300 rows instead of 1,301")]
+    ("claimed", "words"),
+    [
+        (ROWS - 1, r"40 passages with vectors \(40, 32\) at row 1,260, instead of 1,299 rows"),
+        (ROWS + 1, "1,300 rows instead of 1,301"),
+    ],
 )
 async def test_more_or_fewer_rows_than_it_said(tmp_path: Path, claimed: int, words: str) -> None:
     arrays = source()
@@ -256,12 +288,11 @@ async def test_vectors_of_another_shape_and_too_large_ones(tmp_path: Path) -> No
             yield passages, vectors[:, :31]
 
     arrays.blocks = wrong  # type: ignore[method-assign]
-    with pytest.raises(StoreError, match=r"arrays, row 0: vectors of shape \(70, 31\) for 70 passages of dimension 32"):
+    with pytest.raises(StoreError, match=r"70 passages with vectors \(70, 31\) at row 0, .* of dimension 32"):
         await make(tmp_path / "index", arrays)
     large = Arrays(clustered(ROWS, 32) * np.float32(1e6), "ip")
-    with pytest.raises(StoreError, match=r"exceed 65,504.*vectors='int8'"):
-        await make(tmp_path / "float16", large, settings=CompactSettings("float16", LISTS))
-    assert (await make(tmp_path / "int8", large)).calibration.recall > 0.9
+    with pytest.raises(StoreError, match=r"the vector of row 0 has .* above 65,504"):
+        await make(tmp_path / "large", large)
 
 
 async def test_another_recall_and_other_queries_are_calibrated_anew(tmp_path: Path) -> None:
@@ -277,12 +308,10 @@ async def test_another_recall_and_other_queries_are_calibrated_anew(tmp_path: Pa
     with pytest.raises(Ended):
         await make(folder, arrays, emit=end)
     queries = clustered(ROWS, 32)[::13] + np.float32(0.01)
-    manifest = await make(folder, arrays, queries, settings=CompactSettings("int8", LISTS, recall=0.5, recall_at=20))
+    manifest = await make(folder, arrays, queries, settings=CompactSettings(recall=0.5, lists=LISTS))
     chosen = manifest.calibration
-    assert (chosen.queries, chosen.origin, chosen.asked, chosen.recall_at) == (100, "queries", 0.5, 20)
+    assert (chosen.queries, chosen.origin, chosen.asked, chosen.recall_at) == (100, "queries", 0.5, 3)
     assert chosen.recall >= 0.5
     assert arrays.begun_at == [0]
-    other = await make(
-        tmp_path / "other", source(), queries, settings=CompactSettings("int8", LISTS, recall=0.5, recall_at=20)
-    )
+    other = await make(tmp_path / "other", source(), queries, settings=CompactSettings(recall=0.5, lists=LISTS))
     assert (other.calibration.probes, other.calibration.candidates) == (chosen.probes, chosen.candidates)

@@ -15,7 +15,7 @@ from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import StoreError
 from searchr1_async.search import Search
 from searchr1_async.search.builders import build_compact_index
-from searchr1_async.search.compact.layout import CompactManifest
+from searchr1_async.search.compact.files import CompactManifest
 from searchr1_async.search.compact.store import CompactStore
 from searchr1_async.search.stores.vector_store import DamagedIndexError, record_of
 from tests.search.conftest import HashingEmbedder
@@ -69,7 +69,7 @@ async def test_that_call_makes_it_again(index: Path) -> None:
     notices: list[str] = []
     own = embedder()
     await build_compact_index(
-        corpus(), index, embedder=own, emit=lambda event: notices.append(getattr(event, "text", ""))
+        corpus(), index, embedder=own, on_event=lambda event: notices.append(getattr(event, "text", ""))
     )
     assert any("vectors.bin" in text and "rebuilding the index" in text for text in notices)
     async with await Search.open(index, embedder=embedder(), n_results=1) as search:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import StoreError
-from searchr1_async.search.compact.files import PassageFile, PassageWriter
-from searchr1_async.search.compact.layout import OFFSETS_NAME, PASSAGES_NAME
+from searchr1_async.search.compact.files import OFFSETS_NAME, PASSAGES_NAME, PassageFile, RowWriter
 
 # Hypothesis calls the function again and again in one folder: each call writes from row 0, which cuts off what was there.
 in_one_folder = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -20,9 +20,9 @@ passages = st.builds(Passage, texts, texts, texts)
 
 
 def write(folder: Path, *parts: list[Passage], rows: int = 0) -> None:
-    writer = PassageWriter(folder, rows)
+    writer = RowWriter(folder, 2, rows)
     for part in parts:
-        writer.append(part)
+        writer.append(part, np.ones((len(part), 2), np.float32))
     writer.close()
 
 
@@ -76,8 +76,8 @@ def test_a_megabyte_of_text_and_control_characters(tmp_path: Path) -> None:
 
 
 def test_a_passage_is_given_its_similarity(tmp_path: Path) -> None:
-    writer = PassageWriter(tmp_path, 0)
-    writer.append([Passage("1", "t", "x", 0.5)])
+    writer = RowWriter(tmp_path, 1, 0)
+    writer.append([Passage("1", "t", "x", 0.5)], np.ones((1, 1), np.float32))
     writer.sync()
     file = PassageFile(tmp_path, 1)
     assert file.read(0, 0.25) == Passage("1", "t", "x", 0.25)
@@ -90,8 +90,8 @@ def test_files_shorter_than_what_was_kept_are_refused(tmp_path: Path, name: str)
     write(tmp_path, [Passage(str(row), "", "text") for row in range(5)])
     content = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(content[:-1])
-    with pytest.raises(OSError, match=f"{name} is shorter than the recorded progress"):
-        PassageWriter(tmp_path, 5)
+    with pytest.raises(StoreError, match=f"{name} is shorter than the recorded progress"):
+        RowWriter(tmp_path, 2, 5)
     assert (tmp_path / name).read_bytes() == content[:-1], "nothing was changed"
 
 
@@ -104,7 +104,7 @@ def test_a_broken_line_is_named(tmp_path: Path, line: bytes) -> None:
     (tmp_path / PASSAGES_NAME).write_bytes(content[: 3 * size] + line + content[4 * size :])
     file = PassageFile(tmp_path, 5)
     assert file.read(2).id == "2"
-    with pytest.raises(StoreError, match=r"passages\.jsonl is corrupt at row 3: verify the index"):
+    with pytest.raises(StoreError, match=r"passages\.jsonl is corrupt at row 3: copy the index again"):
         file.read(3)
     assert file.read(4).id == "4"
     file.close()

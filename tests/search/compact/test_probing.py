@@ -9,12 +9,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
-from searchr1_async.search.compact.inverted_lists import (
+from searchr1_async.search.compact.codes import (
     Probing,
     alike,
     centre_distances,
     chosen_lists,
-    gaps,
     margin_of,
     squared_lengths,
 )
@@ -29,7 +28,7 @@ gap_tables = arrays.arrays(
 
 
 def gaps_of(queries: Vectors, centres: Vectors, metric: Metric) -> Vectors:
-    return gaps(centre_distances(queries, centres, squared_lengths(centres), metric), queries, metric)
+    return centre_distances(queries, centres, squared_lengths(centres), metric)[1]
 
 
 @pytest.mark.parametrize("metric", ["cosine", "l2", "ip"])
@@ -69,7 +68,7 @@ def test_lists_within_the_margin_are_looked_through_the_nearest_first(
 
 @given(gap=gap_tables, most=st.integers(1, 30))
 def test_without_a_margin_each_looks_through_as_many(gap: NDArray[np.float32], most: int) -> None:
-    assert {len(own) for own in chosen_lists(gap, Probing.fixed(most))} == {min(most, gap.shape[1])}
+    assert {len(own) for own in chosen_lists(gap, Probing(None, most))} == {min(most, gap.shape[1])}
 
 
 @given(gap=gap_tables, mean=st.integers(1, 20), most=st.integers(1, 30))
@@ -91,8 +90,5 @@ def test_queries_alike_are_searched_together_and_little_is_padded(counts: list[i
     assert sorted(np.concatenate(groups).tolist()) == list(range(len(counts)))
     for group in groups:
         own = [counts[place] for place in group]
-        assert own == sorted(own, reverse=True)
-        assert own[-1] >= min(0.6 * own[0], own[0] - 16)
-    firsts = [counts[group[0]] for group in groups]
-    assert firsts == sorted(firsts, reverse=True)
-    assert len(groups) <= 12, "few calls: counts up to 2,000 differ by 0.6 at each"
+        assert max(own) <= max(16, 1.42 * min(own))
+    assert len(groups) <= 15, "few calls"

@@ -4,62 +4,55 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
+from searchr1_async.errors import StoreError
 from searchr1_async.search.compact import files as vector_file
-from searchr1_async.search.compact.files import AppendedFile, Rows, VectorFile, VectorWriter, quantised, row_bytes
-from searchr1_async.search.compact.layout import SCALES_NAME, VECTORS_NAME, VectorType
-from searchr1_async.search.compact.store import exact_nearest, rank, ready_vectors
+from searchr1_async.search.compact.files import (
+    VECTORS_NAME,
+    AppendedFiles,
+    Rows,
+    RowWriter,
+    VectorFile,
+)
+from searchr1_async.search.compact.store import CompactIndex, exact_nearest, ready_vectors
 from searchr1_async.search.embedders import Vectors
 from searchr1_async.search.stores.vector_store import Metric
-from tests.search.compact.arrays import clustered, scores_of
+from tests.search.compact.arrays import clustered, passage_of, scores_of
 
 COUNT, DIMENSION = 700, 24
-KINDS: tuple[VectorType, ...] = ("float16", "int8")
 METRICS: tuple[Metric, ...] = ("cosine", "l2", "ip")
 
 
-def write(folder: Path, vectors: Vectors, kind: VectorType, rows: int = 0) -> None:
-    writer = VectorWriter(folder, vectors.shape[1], kind, rows)
-    for part in np.array_split(vectors, 3):
-        writer.append(part)
+def write(folder: Path, vectors: Vectors, rows: int = 0) -> None:
+    writer = RowWriter(folder, vectors.shape[1], rows)
+    for place in np.array_split(np.arange(len(vectors)), 3):
+        writer.append([passage_of(rows + int(row)) for row in place], vectors[place])
     writer.sync()
     writer.close()
 
 
-def kept(folder: Path, vectors: Vectors, kind: VectorType) -> VectorFile:
-    write(folder, vectors, kind)
-    return VectorFile(folder, len(vectors), vectors.shape[1], kind)
+def rank(queries: Vectors, candidates: Rows, file: VectorFile, metric: Metric, n_results: int) -> tuple[Rows, Vectors]:
+    no_codes: Any = None  # ranking needs none
+    return CompactIndex(no_codes, file, metric).rank(queries, candidates, n_results)
 
 
-numbers = st.floats(-1e3, 1e3, width=32).filter(lambda number: number == 0 or abs(number) > 1e-20)
+def kept(folder: Path, vectors: Vectors) -> VectorFile:
+    write(folder, vectors)
+    return VectorFile(folder, len(vectors), vectors.shape[1])
 
 
-@settings(max_examples=100, deadline=None)
-@given(arrays.arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(1, 8)), elements=numbers))
-def test_8_bit_numbers_err_by_half_a_step_at_most(vectors: Vectors) -> None:
-    rows, scales = quantised(vectors)
-    assert (rows.dtype, scales.dtype) == (np.int8, np.float32)
-    errors = np.abs(rows.astype(np.float64) * scales[:, None] - vectors)
-    assert (errors <= 0.5001 * scales[:, None]).all()
-    largest = np.abs(vectors).max(axis=1)
-    np.testing.assert_allclose(np.abs(rows).max(axis=1), np.where(largest > 0, 127, 0), atol=0)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_rows_come_back_from_anywhere(tmp_path: Path, kind: VectorType) -> None:
+def test_rows_come_back_from_anywhere(tmp_path: Path) -> None:
     vectors = clustered(COUNT, DIMENSION)
-    file = kept(tmp_path, vectors, kind)
+    file = kept(tmp_path, vectors)
     assert len(file) == COUNT
-    size = sum(path.stat().st_size for path in tmp_path.iterdir())
-    assert size == COUNT * row_bytes(DIMENSION, kind)
-    step = np.abs(vectors).max(axis=1, keepdims=True) * (2**-11 if kind == "float16" else 0.51 / 127)
+    step = np.abs(vectors).max(axis=1, keepdims=True) * 2**-11
     chosen = np.random.default_rng(1).integers(COUNT, size=300)
     for rows in (chosen, chosen[:1], chosen[:0], np.arange(COUNT)):
         assert (np.abs(file.gather(rows) - vectors[rows]) <= step[rows]).all()
@@ -68,19 +61,20 @@ def test_rows_come_back_from_anywhere(tmp_path: Path, kind: VectorType) -> None:
     np.testing.assert_array_equal(np.concatenate([slab for _, slab in slabs]), file.gather(np.arange(3, COUNT)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_resumed_file_is_that_of_one_writing(tmp_path: Path, kind: VectorType) -> None:
+def test_a_resumed_file_is_that_of_one_writing(tmp_path: Path) -> None:
     vectors = clustered(90, DIMENSION)
-    write(tmp_path, vectors, kind)
+    write(tmp_path, vectors)
     whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     for rows in (0, 1, 30, 89):
-        write(tmp_path, vectors[rows:], kind, rows)  # what stands behind goes, whole rows and halves
+        write(tmp_path, vectors[rows:], rows)  # what stands behind goes, whole rows and halves
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == whole
     for name in whole:
         content = whole[name]
         (tmp_path / name).write_bytes(content[:-1])
-        with pytest.raises(OSError, match="is shorter than the recorded progress: delete the folder and start again"):
-            VectorWriter(tmp_path, DIMENSION, kind, 90)
+        with pytest.raises(
+            StoreError, match="is shorter than the recorded progress: delete the folder and start again"
+        ):
+            RowWriter(tmp_path, DIMENSION, 90)
         (tmp_path / name).write_bytes(content)
 
 
@@ -91,7 +85,7 @@ def test_an_appended_file_goes_on_from_what_was_noted(
 ) -> None:
     """Some notes are made, then the process is gone and begins again at the last one."""
     path = tmp_path_factory.mktemp("appended") / "file"
-    noted, file = b"", AppendedFile(path, 0)
+    noted, file = b"", AppendedFiles({path: 0})
     written = noted
     for content, is_kill in parts:
         file.write(content)
@@ -99,7 +93,7 @@ def test_an_appended_file_goes_on_from_what_was_noted(
         assert path.read_bytes() == written, "a kill of the process loses nothing"
         if is_kill:
             file.close()
-            file = AppendedFile(path, len(noted))
+            file = AppendedFiles({path: len(noted)})
             written = noted
         else:
             noted = written
@@ -107,16 +101,14 @@ def test_an_appended_file_goes_on_from_what_was_noted(
     assert path.read_bytes() == written
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("together", [16_384, 1])
 def test_products_are_those_of_the_kept_rows(
     tmp_path: Path,
-    kind: VectorType,
     together: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(vector_file, "_ASKED_TOGETHER", together)
-    file = kept(tmp_path, clustered(COUNT, DIMENSION), kind)
+    file = kept(tmp_path, clustered(COUNT, DIMENSION))
     queries = clustered(7, DIMENSION, seed=1)
     rows: Rows = np.random.default_rng(2).integers(COUNT, size=(7, 50))
     products, lengths = file.products(queries, rows)
@@ -130,7 +122,7 @@ def test_the_file_is_closed_with_the_last_that_reads_it_and_no_sooner(tmp_path: 
         return sum(tmp_path in each.resolve().parents for each in Path("/proc/self/fd").iterdir())
 
     vectors = clustered(COUNT, DIMENSION)
-    file = kept(tmp_path, vectors, "float16")
+    file = kept(tmp_path, vectors)
     read = file.gather
     del file
     assert opened() == 1
@@ -140,7 +132,7 @@ def test_the_file_is_closed_with_the_last_that_reads_it_and_no_sooner(tmp_path: 
 
 
 def test_a_file_that_is_cut_off_while_it_is_read_is_an_error(tmp_path: Path) -> None:
-    file = kept(tmp_path, clustered(COUNT, DIMENSION), "float16")
+    file = kept(tmp_path, clustered(COUNT, DIMENSION))
     os.truncate(tmp_path / VECTORS_NAME, 10 * DIMENSION * 2 + 5)
     assert file.gather(np.array([9])).shape == (1, DIMENSION)
     for row in (10, COUNT - 1):
@@ -148,16 +140,14 @@ def test_a_file_that_is_cut_off_while_it_is_read_is_an_error(tmp_path: Path) -> 
             file.gather(np.array([row]))
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("metric", METRICS)
 def test_the_nearest_of_all_are_those_of_a_plain_sort(
     tmp_path: Path,
-    kind: VectorType,
     metric: Metric,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(VectorFile.slabs, "__defaults__", (0, 128))
-    file = kept(tmp_path, ready_vectors(clustered(COUNT, DIMENSION), metric), kind)
+    file = kept(tmp_path, ready_vectors(clustered(COUNT, DIMENSION), metric))
     queries = ready_vectors(clustered(40, DIMENSION, seed=1), metric)
     own_rows = np.arange(0, COUNT, COUNT // 40)[:40]
     queries[::2] = file.gather(own_rows[::2])  # half of them are rows, which would find themselves
@@ -167,18 +157,14 @@ def test_the_nearest_of_all_are_those_of_a_plain_sort(
     else:
         scores = scores_of(queries, own, metric)
     advanced: list[int] = []
-    found = exact_nearest(queries, file, metric, 10, advance=advanced.append)
+    found = exact_nearest(queries, file, metric, 10, advanced.append)
     assert advanced == [*range(128, COUNT, 128), COUNT]
     assert_nearest(found, scores)
-    without = exact_nearest(queries, file, metric, 10, own_rows)
-    assert not (without == own_rows[:, None]).any()
-    scores[np.arange(40), own_rows] = -np.inf
-    assert_nearest(without, scores)
     # Ranked again, all of them give the same.
     everything = np.tile(np.random.default_rng(3).permutation(COUNT), (40, 1))
-    ranked = rank(queries, everything, file, metric, 10)
-    assert_nearest(ranked.rows, scores_with(scores, own_rows, queries, own, metric))
-    assert (np.diff(ranked.scores, axis=1) <= 0).all()
+    rows, found_scores = rank(queries, everything, file, metric, 10)
+    assert_nearest(rows, scores)
+    assert (np.diff(found_scores, axis=1) <= 0).all()
 
 
 def assert_nearest(found: Rows, scores: NDArray[np.floating]) -> None:
@@ -188,48 +174,32 @@ def assert_nearest(found: Rows, scores: NDArray[np.floating]) -> None:
     assert all(len(set(row)) == len(row) for row in found.tolist())
 
 
-def scores_with(
-    scores: NDArray[np.floating], own_rows: Rows, queries: Vectors, own: Vectors, metric: Metric
-) -> NDArray[np.floating]:
-    """With those of each query's own row again."""
-    scores = scores.copy()
-    theirs = own[own_rows].astype(np.float64)
-    products = np.einsum("qd,qd->q", queries.astype(np.float64), theirs)
-    distances = ((queries - theirs) ** 2).sum(axis=1)
-    scores[np.arange(len(own_rows)), own_rows] = 1 - distances / 2 if metric == "l2" else products
-    return scores
-
-
 def test_fewer_rows_than_wanted_and_missing_candidates(tmp_path: Path) -> None:
     vectors = clustered(3, DIMENSION)
-    write(tmp_path, vectors, "float16")
-    file = VectorFile(tmp_path, 3, DIMENSION, "float16")
+    write(tmp_path, vectors)
+    file = VectorFile(tmp_path, 3, DIMENSION)
     assert sorted(exact_nearest(vectors[:1], file, "ip", 10)[0].tolist()) == [0, 1, 2]
-    ranked = rank(vectors[:2], np.array([[-1, 2, -1], [0, -1, 1]]), file, "ip", 3)
-    assert ranked.rows[0].tolist() == [2, -1, -1]
-    assert sorted(ranked.rows[1].tolist()) == [-1, 0, 1]
-    assert ranked.rows[1, 2] == -1
-    assert np.isneginf(ranked.scores[ranked.rows < 0]).all()
+    rows, scores = rank(vectors[:2], np.array([[-1, 2, -1], [0, -1, 1]]), file, "ip", 3)
+    assert rows[0].tolist() == [2, -1, -1]
+    assert sorted(rows[1].tolist()) == [-1, 0, 1]
+    assert rows[1, 2] == -1
+    assert np.isneginf(scores[rows < 0]).all()
 
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_equal_vectors_come_in_the_order_of_their_rows(tmp_path: Path, metric: Metric) -> None:
     vectors = np.repeat(ready_vectors(clustered(4, DIMENSION), metric), 5, axis=0)
-    write(tmp_path, vectors, "float16")
-    file = VectorFile(tmp_path, 20, DIMENSION, "float16")
+    write(tmp_path, vectors)
+    file = VectorFile(tmp_path, 20, DIMENSION)
     shuffled = np.tile(np.random.default_rng(1).permutation(20), (4, 1))
-    ranked = rank(vectors[::5], shuffled, file, metric, 5)
-    assert (np.diff(ranked.rows, axis=1) == 1).all()
+    rows, _ = rank(vectors[::5], shuffled, file, metric, 5)
+    assert (np.diff(rows, axis=1) == 1).all()
 
 
 def test_a_file_that_is_too_short_is_not_opened(tmp_path: Path) -> None:
-    write(tmp_path, clustered(9, DIMENSION), "float16")
-    with pytest.raises((OSError, ValueError)):
-        VectorFile(tmp_path, 10, DIMENSION, "float16")
+    write(tmp_path, clustered(9, DIMENSION))
+    with pytest.raises(StoreError, match="has fewer than 10 rows: delete the folder and start again"):
+        VectorFile(tmp_path, 10, DIMENSION)
     (tmp_path / VECTORS_NAME).unlink()
     with pytest.raises(OSError, match=VECTORS_NAME):
-        VectorFile(tmp_path, 9, DIMENSION, "float16")
-    write(tmp_path, clustered(9, DIMENSION), "int8")
-    (tmp_path / SCALES_NAME).unlink()
-    with pytest.raises(OSError, match=SCALES_NAME):
-        VectorFile(tmp_path, 9, DIMENSION, "int8")
+        VectorFile(tmp_path, 9, DIMENSION)

@@ -1,9 +1,8 @@
-"""A local Chroma index proves itself when it is opened: what was zeroed, cut or lost is named, with the call that builds it again."""
+"""A local Chroma index is checked when it is opened: what was zeroed, cut or lost is named, with the call that builds it again."""
 
 from __future__ import annotations
 
 import shutil
-import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,9 @@ import pytest
 from chromadb.config import Settings
 
 from searchr1_async.episodes.types import Passage
-from searchr1_async.errors import StoreError
 from searchr1_async.search import Search
 from searchr1_async.search.builders import build_index
 from searchr1_async.search.stores.chroma_folder import EmbeddedChroma
-from searchr1_async.search.stores.chroma_sources import ChromaFolder
 from searchr1_async.search.stores.vector_store import DamagedIndexError, refuse_unproven
 from tests.search.conftest import HashingEmbedder
 
@@ -126,12 +123,9 @@ def halve_file(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("has_record", [True, False], ids=["recorded", "of an earlier version"])
 @pytest.mark.parametrize("damage", DAMAGES)
-async def test_what_is_damaged_is_named_before_chroma_loads_it(index: Path, damage: str, has_record: bool) -> None:
+async def test_what_is_damaged_is_named_before_chroma_loads_it(index: Path, damage: str) -> None:
     harm, file = DAMAGES[damage]
-    if not has_record:
-        (index / "files.json").unlink()
     harm(index)
     with pytest.raises(DamagedIndexError) as refusal:
         await own_search(index).connect()
@@ -158,7 +152,7 @@ async def test_the_call_that_is_named_builds_it_again(index: Path, how: str) -> 
     if how == "build_index":
         texts: list[str] = []
         report = await build_index(
-            passages(), index, embedder=embedder(), emit=lambda event: texts.append(getattr(event, "text", ""))
+            passages(), index, embedder=embedder(), on_event=lambda event: texts.append(getattr(event, "text", ""))
         )
         assert report.embedded == TOTAL
         assert any("link_lists.bin" in text and "rebuilding it" in text for text in texts)
@@ -246,38 +240,12 @@ def foreign(folder: Path, space: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("space", ["cosine", "l2", "ip"])
-async def test_a_folder_of_others_opens_and_is_refused_once_it_is_damaged(tmp_path: Path, space: str) -> None:
-    folder = tmp_path / "theirs"
-    foreign(folder, space)
-    store = EmbeddedChroma(folder)
+async def test_a_folder_of_others_opens(tmp_path: Path, space: str) -> None:
+    foreign(tmp_path / "theirs", space)
+    store = EmbeddedChroma(tmp_path / "theirs")
     await store.open()
+    assert store.dimension == DIMENSION
     await store.aclose()
-    for name, harm in {
-        "vectors": zero_vectors,
-        "links": zero("link_lists.bin"),
-        "half": halve("data_level0.bin"),
-    }.items():
-        copy = tmp_path / name
-        shutil.copytree(folder, copy)
-        harm(copy)
-        with pytest.raises(DamagedIndexError, match="Restore the folder from a copy, or delete it"):
-            await EmbeddedChroma(copy).open()
-        with pytest.raises(StoreError, match="cannot be read"):
-            await ChromaFolder(copy).open()
-
-
-async def test_passages_without_vectors_are_damage(tmp_path: Path) -> None:
-    """As a folder has it whose log was lost with a broken database that somebody repaired."""
-    folder = tmp_path / "theirs"
-    foreign(folder, "cosine")
-    with sqlite3.connect(folder / "chroma.sqlite3") as database:
-        database.execute("DELETE FROM embeddings_queue")
-        database.execute("UPDATE embeddings SET embedding_id = 'new' || embedding_id WHERE id < 50")
-        database.execute(
-            "INSERT INTO embeddings (segment_id, embedding_id, seq_id) SELECT segment_id, 'x', 1 FROM embeddings LIMIT 1"
-        )
-    with pytest.raises(DamagedIndexError, match=r"of 5\d\d passages have lost their vectors"):
-        await EmbeddedChroma(folder).open()
 
 
 async def test_a_store_that_does_not_find_its_own_vectors_is_refused(index: Path) -> None:

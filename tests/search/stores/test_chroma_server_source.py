@@ -7,9 +7,9 @@ import pytest
 
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import StoreError
-from searchr1_async.search.stores import chroma_sources as chroma_server
+from searchr1_async.search.stores import sources as chroma_server
 from searchr1_async.search.stores.chroma_server import RemoteChroma
-from searchr1_async.search.stores.chroma_sources import ChromaServer
+from searchr1_async.search.stores.sources import ChromaServer
 
 pytestmark = pytest.mark.anyio
 
@@ -23,7 +23,6 @@ async def test_the_rows_come_in_order_from_any_on(chroma_port: int, monkeypatch:
     await store.open()
     await store.add(MANY, VECTORS)
     source = ChromaServer("127.0.0.1", chroma_port, "source")
-    monkeypatch.setattr(source._store, "_page", 10)
     monkeypatch.setattr(chroma_server, "PAGE", 10)
     monkeypatch.setattr(chroma_server, "LISTED", 25)
     facts = await source.open()
@@ -50,4 +49,19 @@ async def test_a_collection_that_is_missing_or_empty_is_said_so(chroma_port: int
     source = ChromaServer("127.0.0.1", chroma_port, "empty-source")
     with pytest.raises(StoreError, match="no passages"):
         await source.open()
+    await source.aclose()
+
+
+async def test_a_request_that_is_refused_ends_it_as_an_error_of_the_store(
+    chroma_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = RemoteChroma("127.0.0.1", chroma_port, "refused-source", create=True)
+    await store.open()
+    await store.add(MANY, VECTORS)
+    await store.aclose()
+    source = ChromaServer("127.0.0.1", chroma_port, "refused-source")
+    await source.open()
+    monkeypatch.setattr(chroma_server, "LISTED", -1)
+    with pytest.raises(StoreError):
+        _ = [block async for block in source.blocks(0)]
     await source.aclose()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from searchr1_async.search.stores.sources import lasting_name
+from searchr1_async.search.stores.vector_store import lasting_name
 
 
 def test_a_folder_is_named_from_everywhere_and_a_model_as_it_is(
