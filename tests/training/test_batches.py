@@ -66,15 +66,20 @@ def test_groups_alike_are_cut_evenly(groups: int, minibatches: int) -> None:
     assert len(sizes) == min(groups, minibatches)
 
 
-@given(st.lists(st.integers(2, 400), min_size=8, max_size=60), st.integers(1, 8))
+@given(st.lists(st.integers(2, 400), min_size=8, max_size=60).map(sorted), st.integers(2, 8))
 def test_minibatches_of_unlike_groups_are_alike_in_tokens(sizes: list[int], minibatches: int) -> None:
-    """Where the mean is known, as in a synchronous batch, each is within one group of its share."""
+    """Where short groups finish first and their mean is known: each is near its share.
+
+    A cut is at most one group off, and the minibatches that are left share that error: the last one gets a half of the one before
+    it, a third of the one before that, and so on.
+    """
     gatherer = gatherer_of(len(sizes), minibatches, mean_tokens=sum(sizes) / len(sizes))
     out = gather(gatherer, [sized(size) for size in sizes])
     share = sum(sizes) / minibatches
-    if max(sizes) <= share / 2:
+    off = max(sizes) * sum(1 / left for left in range(1, minibatches))
+    if off <= share:
         assert len(out) == minibatches
-        assert all(abs(sum(map(example_tokens, one)) - share) <= max(sizes) for one in out)
+    assert all(abs(sum(map(example_tokens, one)) - share) <= off + 1e-6 for one in out)
 
 
 @given(st.integers(0, 10_000))
