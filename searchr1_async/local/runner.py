@@ -18,7 +18,8 @@ from torch.nn import functional
 
 from searchr1_async.local.backend import InflightClient, Int32Array, common_prefix_length
 from searchr1_async.local.lora import LoraWeights
-from searchr1_async.local.transformer import LeanTransformer, LoraRows, PackedPrefix, Shape, TreeAttention, pack
+from searchr1_async.local.packing import PackedPrefix, TreeAttention, pack
+from searchr1_async.local.transformer import LeanTransformer, LoraRows, Shape
 
 Owner = LoraWeights | InflightClient | None
 """A sequence's weights and prefix cache namespace; None is the base model."""

@@ -54,7 +54,8 @@ from searchr1_async.local.backend import (
     find_inputs,
 )
 from searchr1_async.local.lora import LoraAdapter, SiteWeights, add_low_rank
-from searchr1_async.local.transformer import LeanTransformer, LoraRows, Packed, TreeAttention, micro_batches, pack
+from searchr1_async.local.packing import Packed, TreeAttention, micro_batches, pack
+from searchr1_async.local.transformer import LeanTransformer, LoraRows
 
 TokenInputs = Mapping[str, Tensor]
 _LOG_RATIO = "sequence_log_ratio"
