@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from searchr1_async.local.backend import LoraConfig, UserFault
-from searchr1_async.local.compat import PACKED_ROWS, packed_linear
+from searchr1_async.local.compat import onednn_linear, packed
 from searchr1_async.local.model_files import LORA_ALPHA, matrix_name
 
 _MEAN, _SQUARE, _STEP = "optimizer.mean.", "optimizer.square.", "optimizer.step"
@@ -207,16 +207,15 @@ def _leaf(view: Tensor, gradient: Tensor) -> Tensor:
 
 
 class FrozenLinear:
-    """``x Wᵀ + b`` with frozen weights, optionally with a second copy in oneDNN's packed layout.
+    """``x Wᵀ + b`` with frozen weights, and for sampling a copy of them that :meth:`pack` made."""
 
-    On a CPU, decode batches use the packed copy; larger batches and single rows (memory-bound anyway) use MKL.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, packed: bool = False) -> None:
-        """``weight`` [out, in], ``bias`` [out]; ``packed`` uses oneDNN (float32 on a CPU only)."""
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, onednn: bool = False) -> None:
+        """``weight`` [out, in], ``bias`` [out]; ``onednn``: multiply with oneDNN (on a CPU only)."""
         self.weight = weight
         self.bias = bias
-        self._packed = packed_linear(weight) if packed else None
+        self._onednn = onednn
+        self._packed: Tensor | None = None
+        self._merged = False
 
     @property
     def out_features(self) -> int:
@@ -228,9 +227,30 @@ class FrozenLinear:
 
     def forward(self, x: Tensor) -> Tensor:
         """[rows, in] to [rows, out]."""
-        if self._packed is None or not 1 < len(x) <= PACKED_ROWS:
-            return functional.linear(x, self.weight, self.bias)
-        return self._packed(x.contiguous(), self.bias)
+        if self._onednn:
+            return onednn_linear(x.contiguous(), self.weight, self.bias)
+        return functional.linear(x, self.weight, self.bias)
+
+    def pack(self, update: SiteWeights | None = None, scale: float = 1.0) -> None:
+        """Copies the weights, with ``update`` merged if there is one, in the layout that is fastest for few rows."""
+        if self._packed is not None and update is None and not self._merged:
+            return
+        weight = self.weight
+        if update is not None:
+            weight = weight.clone()
+            add_low_rank(weight.t(), update.a.t(), update.b, scale)
+        self._packed = None  # freed before the new copy is made
+        self._packed = packed(weight)
+        self._merged = update is not None
+
+    @property
+    def is_packed(self) -> bool:
+        return self._packed is not None
+
+    def forward_packed(self, x: Tensor) -> Tensor:
+        """As :meth:`forward`, by the copy that :meth:`pack` made."""
+        assert self._packed is not None
+        return onednn_linear(x.contiguous(), self._packed, self.bias)
 
     def backward(self, dy: Tensor) -> Tensor:
         """The input gradient ``dy W``: [rows, out] to [rows, in]."""

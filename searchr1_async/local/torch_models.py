@@ -73,8 +73,7 @@ def _lean_model(folder: Path, config: Any, device: torch.device, dtype: torch.dt
     if weights is None:
         weights = _load_model(folder, dtype).state_dict()
     weights = {name: tensor.to(device, dtype) for name, tensor in weights.items()}
-    packed = device.type == "cpu" and dtype == torch.float32 and has_onednn()
-    return LeanTransformer(config, weights, packed=packed)
+    return LeanTransformer(config, weights, onednn=device.type == "cpu" and has_onednn(dtype))
 
 
 def _load_model(folder: Path, dtype: torch.dtype) -> Any:

@@ -7,7 +7,8 @@ Decode, prefill and training differ only in it, so their log-probabilities agree
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -73,8 +74,11 @@ class _Layer:
 class LeanTransformer:
     """Frozen weights and their forward pass."""
 
-    def __init__(self, config: Any, weights: Mapping[str, Tensor], *, packed: bool) -> None:
-        """``config``: transformers' configuration; ``weights``: a state dict with Hugging Face names."""
+    def __init__(self, config: Any, weights: Mapping[str, Tensor], *, onednn: bool) -> None:
+        """``config``: transformers' configuration; ``weights``: a state dict with Hugging Face names.
+
+        It keeps copies: the weights' file, if it is mapped into memory, can be closed.
+        """
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.shape = Shape(
             config.num_hidden_layers,
@@ -86,13 +90,17 @@ class LeanTransformer:
             config.max_position_embeddings,
         )
         self.eps = float(config.rms_norm_eps)
-        self.embedding = weights["model.embed_tokens.weight"]
-        self.norm = weights["model.norm.weight"]
+        self.embedding = weights["model.embed_tokens.weight"].clone()
+        self.norm = weights["model.norm.weight"].clone()
         tied = config.tie_word_embeddings or "lm_head.weight" not in weights
-        self.head = FrozenLinear(
-            self.embedding if tied else weights["lm_head.weight"], weights.get("lm_head.bias"), packed=packed
-        )
-        self.layers = [self._layer(weights, f"model.layers.{i}.", packed) for i in range(self.shape.layers)]
+        head = self.embedding if tied else weights["lm_head.weight"].clone()
+        self.head = FrozenLinear(head, _copy(weights.get("lm_head.bias")), onednn=onednn)
+        self.layers = [self._layer(weights, f"model.layers.{i}.", onednn) for i in range(self.shape.layers)]
+        self.can_pack = onednn
+        # Rounded to half precision, merged weights would lose most of a small update.
+        self.can_merge = onednn and self.embedding.dtype == torch.float32
+        self._base_is_packed = False
+        self._packed_adapter: Callable[[], LoraWeights | None] = _no_adapter
         self._frequencies, self._rope_scale = _rope_frequencies(config, head_size)
         self._rope: tuple[Tensor, Tensor] | None = None
 
@@ -101,26 +109,22 @@ class LeanTransformer:
         return self.embedding.device
 
     @staticmethod
-    def _layer(weights: Mapping[str, Tensor], prefix: str, packed: bool) -> _Layer:
+    def _layer(weights: Mapping[str, Tensor], prefix: str, onednn: bool) -> _Layer:
         def fused(*names: str) -> FrozenLinear:
             matrices = [weights[f"{prefix}{name}.weight"] for name in names]
             biases = [weights.get(f"{prefix}{name}.bias") for name in names]
             present = [bias for bias in biases if bias is not None]
             if present and len(present) != len(names):
                 raise ModelError(f"Only some of {', '.join(names)} have a bias.")
-            return FrozenLinear(
-                matrices[0] if len(matrices) == 1 else torch.cat(matrices),
-                torch.cat(present) if present else None,
-                packed=packed,
-            )
+            return FrozenLinear(torch.cat(matrices), torch.cat(present) if present else None, onednn=onednn)
 
         return _Layer(
-            weights[prefix + "input_layernorm.weight"],
+            weights[prefix + "input_layernorm.weight"].clone(),
             fused("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            weights.get(prefix + "self_attn.q_norm.weight"),
-            weights.get(prefix + "self_attn.k_norm.weight"),
+            _copy(weights.get(prefix + "self_attn.q_norm.weight")),
+            _copy(weights.get(prefix + "self_attn.k_norm.weight")),
             fused("self_attn.o_proj"),
-            weights[prefix + "post_attention_layernorm.weight"],
+            weights[prefix + "post_attention_layernorm.weight"].clone(),
             fused("mlp.gate_proj", "mlp.up_proj"),
             fused("mlp.down_proj"),
         )
@@ -161,7 +165,7 @@ class LeanTransformer:
         x = self.embedding[tokens]
         rotated = shape.heads + shape.kv_heads
         for i, layer in enumerate(self.layers):
-            qkv = apply_lora(rms_norm(x, layer.attention_norm, self.eps), layer.qkv, f"{i}.qkv", lora)
+            qkv = self._linear(rms_norm(x, layer.attention_norm, self.eps), layer.qkv, f"{i}.qkv", lora)
             qkv = qkv.view(len(x), rotated + shape.kv_heads, shape.head_size)
             q, k, v = qkv.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
             if layer.q_norm is not None and layer.k_norm is not None:
@@ -169,15 +173,60 @@ class LeanTransformer:
                 k = rotary(rms_norm(k, layer.k_norm, self.eps), cos, sin)
             else:
                 q, k = rotary(qkv[:, :rotated], cos, sin).split([shape.heads, shape.kv_heads], dim=1)
-            x = x + apply_lora(attention(i, q, k, v), layer.output, f"{i}.output", lora)
-            middle = swiglu(apply_lora(rms_norm(x, layer.mlp_norm, self.eps), layer.gate_up, f"{i}.gate_up", lora))
-            x = x + apply_lora(middle, layer.down, f"{i}.down", lora)
+            x = x + self._linear(attention(i, q, k, v), layer.output, f"{i}.output", lora)
+            middle = swiglu(self._linear(rms_norm(x, layer.mlp_norm, self.eps), layer.gate_up, f"{i}.gate_up", lora))
+            x = x + self._linear(middle, layer.down, f"{i}.down", lora)
         return rms_norm(x, self.norm, self.eps)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor, lora: Sequence[LoraRows]) -> Tensor:
         """[rows, hidden] to [rows, vocabulary], in float32."""
-        return apply_lora(hidden, self.head, "head", lora).float()
+        return self._linear(hidden, self.head, "head", lora).float()
+
+    def pack(self, adapter: LoraWeights | None) -> None:
+        """Makes the copies that sampling multiplies by: of the base model, or of it with ``adapter`` merged.
+
+        They take as much memory as the weights, and products of few rows half the time. A merged adapter costs no products of its own.
+        """
+        self._base_is_packed, self._packed_adapter = False, _no_adapter
+        for key, linear in self._linears():
+            linear.pack(adapter.sites.get(key) if adapter else None, adapter.scale if adapter else 1.0)
+        self._base_is_packed = adapter is None
+        if adapter is not None:
+            self._packed_adapter = weakref.ref(adapter)
+
+    @property
+    def has_packed(self) -> bool:
+        """Whether :meth:`pack` was called, even if its adapter is gone."""
+        return self.head.is_packed
+
+    def is_packed(self, adapter: LoraWeights | None) -> bool:
+        """Whether :meth:`pack` was last called for it."""
+        return self._base_is_packed if adapter is None else self._packed_adapter() is adapter
+
+    def _linears(self) -> Iterator[tuple[str, FrozenLinear]]:
+        for i, layer in enumerate(self.layers):
+            yield f"{i}.qkv", layer.qkv
+            yield f"{i}.output", layer.output
+            yield f"{i}.gate_up", layer.gate_up
+            yield f"{i}.down", layer.down
+        yield "head", self.head
+
+    def _linear(self, x: Tensor, linear: FrozenLinear, key: str, lora: Sequence[LoraRows]) -> Tensor:
+        """One frozen product over all rows, plus each adapter's low-rank update on its rows."""
+        if torch.is_grad_enabled() and isinstance(lora[0].weights, LoraAdapter):
+            site = lora[0].weights.sites.get(key)
+            if site is None:
+                return InputGradLinear.apply(x, linear) if x.requires_grad else linear.forward(x)  # type: ignore[return-value]
+            return LoraLinear.apply(x, linear, lora[0].weights.scale, site.a, *site.b)  # type: ignore[return-value]
+        if len(lora) == 1 and lora[0].rows is None and lora[0].weights is self._packed_adapter():
+            return linear.forward_packed(x)
+        y = linear.forward_packed(x) if self._base_is_packed else linear.forward(x)
+        for part in lora:
+            site = part.weights.sites.get(key)
+            if site is not None:
+                _add(y, x, site, part)
+        return y
 
     def _rotations(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         if self._rope is None:
@@ -191,19 +240,12 @@ class LeanTransformer:
         return cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
 
 
-def apply_lora(x: Tensor, linear: FrozenLinear, key: str, lora: Sequence[LoraRows]) -> Tensor:
-    """One frozen product over all rows, plus each adapter's low-rank update on its rows."""
-    if torch.is_grad_enabled() and isinstance(lora[0].weights, LoraAdapter):
-        site = lora[0].weights.sites.get(key)
-        if site is None:
-            return InputGradLinear.apply(x, linear) if x.requires_grad else linear.forward(x)  # type: ignore[return-value]
-        return LoraLinear.apply(x, linear, lora[0].weights.scale, site.a, *site.b)  # type: ignore[return-value]
-    y = linear.forward(x)
-    for part in lora:
-        site = part.weights.sites.get(key)
-        if site is not None:
-            _add(y, x, site, part)
-    return y
+def _no_adapter() -> None:
+    """In place of a reference: no adapter is merged."""
+
+
+def _copy(weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else weight.clone()
 
 
 def _add(y: Tensor, x: Tensor, site: SiteWeights, part: LoraRows) -> None:

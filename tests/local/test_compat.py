@@ -15,17 +15,17 @@ from searchr1_async.local import compat
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch is built without oneDNN")
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="a packed layout of x86 processors")
-def test_this_version_of_torch_has_the_packed_linear() -> None:
+def test_this_version_of_torch_has_onednns_linear() -> None:
     """Fails when a new version drops or changes the operators; the service keeps working, and decodes slower."""
-    assert compat.has_onednn(), f"torch {torch.__version__} dropped oneDNN's prepacked linear"
+    assert compat.has_onednn(torch.float32), f"torch {torch.__version__} dropped oneDNN's linear and packed layout"
 
 
-def test_the_service_does_without_the_packed_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_service_does_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def gone(weight: torch.Tensor) -> None:
         raise AttributeError("no such operator")
 
-    monkeypatch.setattr(compat, "packed_linear", gone)
-    assert not compat.has_onednn()
+    monkeypatch.setattr(compat, "packed", gone)
+    assert not compat.has_onednn(torch.float32)
 
 
 def test_this_version_of_tinker_has_its_messages_in_a_file_that_loads_without_torch() -> None:

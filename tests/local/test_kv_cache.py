@@ -3,11 +3,13 @@ from __future__ import annotations
 import gc
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from searchr1_async.local.runner import DecodeCache, PrefixStore
+from searchr1_async.local.kv_cache import KvCache, Slot
 from searchr1_async.local.transformer import Shape
 
 SHAPE = Shape(layers=2, heads=2, kv_heads=1, head_size=2, hidden=4, vocabulary=10, context=1024)
@@ -24,100 +26,163 @@ def kv_of(tokens: np.ndarray) -> torch.Tensor:
     return torch.tensor(codes, dtype=torch.float32).view(1, 1, -1, 1, 1).expand(2, 2, -1, 1, 2)
 
 
-def store(capacity_tokens: int) -> PrefixStore:
-    return PrefixStore(SHAPE, capacity_tokens * TOKEN_BYTES, torch.float32)
+def cache_of(capacity_tokens: int) -> KvCache:
+    return KvCache(SHAPE, torch.empty(0), capacity_tokens * TOKEN_BYTES)
+
+
+def run(cache: KvCache, owner: Owner | None, tokens: np.ndarray) -> Slot:
+    slot = cache.open(owner, tokens)
+    cache.fill(slot, 0, kv_of(tokens))
+    return slot
+
+
+def keep(cache: KvCache, owner: Owner | None, tokens: np.ndarray) -> Slot:
+    """A sequence that has run and ended."""
+    slot = run(cache, owner, tokens)
+    cache.park(slot, tokens)
+    return slot
 
 
 words = st.lists(st.integers(0, 2), min_size=1, max_size=10).map(lambda ids: np.array(ids, np.int32))
 
 
-@given(st.lists(words, max_size=12), words)
-def test_a_lookup_gives_the_longest_cached_prefix(known: list[np.ndarray], query: np.ndarray) -> None:
-    prefixes = store(1000)
-    for tokens in known:
-        prefixes.insert(None, tokens, kv_of(tokens))
+def shared(tokens: np.ndarray, query: np.ndarray) -> int:
+    pairs = enumerate(zip(tokens, query, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(tokens), len(query)))
 
-    length, pieces = prefixes.lookup(None, query)
 
-    def shared(tokens: np.ndarray) -> int:
-        return next(
-            (i for i, (a, b) in enumerate(zip(tokens, query, strict=False)) if a != b), min(len(tokens), len(query))
-        )
+@given(st.lists(st.tuples(words, st.booleans()), max_size=12), words)
+def test_the_longest_shared_prefix_is_found(known: list[tuple[np.ndarray, bool]], query: np.ndarray) -> None:
+    cache = cache_of(1000)
+    for tokens, running in known:
+        (run if running else keep)(cache, None, tokens)
 
-    assert length == max((shared(tokens) for tokens in known), default=0) == prefixes.match(None, query)
-    if length:
-        torch.testing.assert_close(torch.cat(pieces, dim=2), kv_of(query[:length]))
-    distinct = {tuple(t[: i + 1].tolist()) for t in known for i in range(len(t))}
-    assert prefixes.tokens == len(distinct)
+    slot, length = cache.find(None, query)
+
+    assert length == max((shared(tokens, query) for tokens, _ in known), default=0)
+    if slot is None:
+        assert length == 0
+    else:
+        torch.testing.assert_close(cache.read(slot)[:, :, :length], kv_of(query[:length]))
 
 
 @given(st.lists(words, max_size=30))
-def test_capacity_is_never_exceeded(sequences: list[np.ndarray]) -> None:
-    prefixes = store(12)
+def test_ended_sequences_never_exceed_the_capacity(sequences: list[np.ndarray]) -> None:
+    cache = cache_of(12)
     for tokens in sequences:
-        prefixes.insert(None, tokens, kv_of(tokens))
-        assert prefixes.tokens <= 12
-        length, pieces = prefixes.lookup(None, tokens)
-        if length:
-            torch.testing.assert_close(torch.cat(pieces, dim=2), kv_of(tokens[:length]))
+        keep(cache, None, tokens)
+        assert cache.tokens <= 12
+        assert cache.find(None, tokens)[1] == len(tokens)
 
 
-def test_the_least_recently_used_is_evicted_first() -> None:
-    prefixes = store(10)
+def test_running_sequences_may_exceed_the_capacity() -> None:
+    cache = cache_of(10)
+    ended, running = np.arange(8, dtype=np.int32), np.arange(100, 108, dtype=np.int32)
+    keep(cache, None, ended)
+    slots = [run(cache, None, running + 10 * number) for number in range(3)]
+    assert cache.find(None, ended) == (None, 0)
+    assert cache.batch_order() == slots
+
+
+def test_the_least_recently_used_is_dropped_first() -> None:
+    cache = cache_of(10)
     old, used, new = (np.array([first] * 4, np.int32) for first in (1, 2, 3))
-    for tokens in (old, used):
-        prefixes.insert(None, tokens, kv_of(tokens))
-    prefixes.match(None, old)
-    prefixes.match(None, used)
+    keep(cache, None, used)
+    keep(cache, None, old)
+    cache.find(None, used)
 
-    prefixes.insert(None, new, kv_of(new))
+    keep(cache, None, new)
 
-    assert [prefixes.match(None, tokens) for tokens in (old, used, new)] == [0, 4, 4]
+    assert [cache.find(None, tokens)[1] for tokens in (old, used, new)] == [0, 4, 4]
 
 
-def test_snapshots_share_nothing_and_free_their_tree() -> None:
-    prefixes, first, second = store(100), Owner(), Owner()
+def test_snapshots_share_nothing_and_free_their_slots() -> None:
+    cache, first, second = cache_of(100), Owner(), Owner()
     tokens = np.array([1, 2, 3], np.int32)
-    prefixes.insert(first, tokens, kv_of(tokens))
+    keep(cache, first, tokens)
 
-    assert prefixes.match(second, tokens) == prefixes.match(None, tokens) == 0
-    assert prefixes.match(first, tokens) == prefixes.tokens == 3
+    assert cache.find(second, tokens) == cache.find(None, tokens) == (None, 0)
+    assert cache.find(first, tokens)[1] == cache.tokens == 3
     del first
     gc.collect()
-    assert prefixes.tokens == 0
+    run(cache, second, tokens[:1])
+    assert cache.tokens == 1
 
 
-def test_slots_keep_their_contents_through_growth_removal_and_moves() -> None:
-    cache = DecodeCache(SHAPE, torch.empty(0))
-    contents = {}
-    for number in range(1, 8):
-        length = 20 * number
-        tokens = np.arange(number, number + length, dtype=np.int32)
-        slot = cache.open(length)
-        cache.fill(slot, 0, kv_of(tokens))
-        contents[slot] = tokens
-
-    def check() -> None:
-        assert set(cache.batch_order()) == set(contents)
-        for slot, tokens in contents.items():
-            torch.testing.assert_close(cache.read(slot), kv_of(tokens))
-
-    check()
-    for slot in list(contents)[::3]:
-        cache.close(slot)
-        del contents[slot]
-        check()
+def test_a_kept_source_outlives_the_slot_that_copies_it() -> None:
+    cache, tokens = cache_of(4), np.arange(4, dtype=np.int32)
+    source = keep(cache, None, tokens)
+    cache.open(None, np.arange(9, dtype=np.int32), keep=[source])
+    torch.testing.assert_close(cache.read(source), kv_of(tokens))
+    cache.open(None, np.arange(9, dtype=np.int32))
+    assert cache.find(None, tokens)[0] is not source
 
 
-def test_a_full_slot_moves_to_a_larger_pool() -> None:
-    cache = DecodeCache(SHAPE, torch.empty(0))
-    full, other = np.arange(128, dtype=np.int32), np.arange(5, dtype=np.int32)
-    slot, small = cache.open(100), cache.open(5)
-    cache.fill(slot, 0, kv_of(full))
-    cache.fill(small, 0, kv_of(other))
+@pytest.mark.parametrize("length", [5, 127, 128, 300])
+def test_a_slot_moves_to_a_larger_pool_when_it_is_full(length: int) -> None:
+    cache, other = cache_of(10_000), np.arange(7, dtype=np.int32)
+    tokens = np.arange(1000, 1000 + length, dtype=np.int32)
+    slot, neighbor = run(cache, None, tokens[:100]), run(cache, None, other)
+    cache.fill(slot, 0, kv_of(tokens[: slot.pool.capacity]))
+    for done in range(slot.length, length):
+        cache.make_room([slot, neighbor])
+        cache.fill(slot, done, kv_of(tokens[: done + 1])[:, :, done:])
 
-    cache.make_room([slot, small])
+    torch.testing.assert_close(cache.read(slot), kv_of(tokens))
+    torch.testing.assert_close(cache.read(neighbor), kv_of(other))
 
-    assert slot.pool.capacity == 256
-    torch.testing.assert_close(cache.read(slot), kv_of(full))
-    torch.testing.assert_close(cache.read(small), kv_of(other))
+
+class Slots(RuleBasedStateMachine):
+    """Slots keep their contents through opening, ending, resuming, dropping and moves between pools."""
+
+    running = Bundle("running")
+    ended = Bundle("ended")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = cache_of(100_000)
+        self.contents: dict[Slot, np.ndarray] = {}
+        self.now_running: set[Slot] = set()
+        self.first = 0
+
+    @rule(target=running, length=st.integers(1, 300))
+    def open(self, length: int) -> Slot:
+        self.first += 1000
+        tokens = np.arange(self.first, self.first + length, dtype=np.int32)
+        slot = run(self.cache, None, tokens)
+        self.contents[slot] = tokens
+        self.now_running.add(slot)
+        return slot
+
+    @rule(target=ended, slot=consumes(running))
+    def end(self, slot: Slot) -> Slot:
+        self.cache.park(slot, self.contents[slot])
+        self.now_running.remove(slot)
+        return slot
+
+    @rule(slot=consumes(running))
+    def drop(self, slot: Slot) -> None:
+        self.cache.drop(slot)
+        del self.contents[slot]
+        self.now_running.remove(slot)
+
+    @rule(target=running, slot=consumes(ended), more=st.integers(1, 200))
+    def resume(self, slot: Slot, more: int) -> Slot:
+        done = len(self.contents[slot])
+        start = int(self.contents[slot][0])
+        tokens = np.arange(start, start + done + more, dtype=np.int32)
+        self.cache.resume(slot, tokens)
+        self.cache.fill(slot, done, kv_of(tokens)[:, :, done:])
+        self.contents[slot] = tokens
+        self.now_running.add(slot)
+        return slot
+
+    @invariant()
+    def every_slot_has_its_own_tokens(self) -> None:
+        assert set(self.cache.batch_order()) == self.now_running
+        for slot, tokens in self.contents.items():
+            torch.testing.assert_close(self.cache.read(slot), kv_of(tokens))
+            assert self.cache.find(None, tokens) == (slot, len(tokens))
+
+
+TestSlots = Slots.TestCase

@@ -18,6 +18,7 @@ from searchr1_async.local.lora import (
     LoraLinear,
     LoraSite,
     LoraWeights,
+    SiteWeights,
     rms_norm,
     rotary,
     swiglu,
@@ -128,17 +129,35 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.skipif(
-    not has_onednn(), reason="oneDNN's prepacked linear is not in this build of torch"))])  # fmt: skip
+@pytest.mark.parametrize("onednn", [False, pytest.param(True, marks=pytest.mark.skipif(
+    not has_onednn(torch.float32), reason="oneDNN's prepacked linear is not in this build of torch"))])  # fmt: skip
 @pytest.mark.parametrize("rows", [0, 1, 2, 33, 300])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_a_frozen_linear_equals_torchs_forward_and_backward(packed: bool, rows: int, with_bias: bool) -> None:
+def test_a_frozen_linear_equals_torchs_forward_and_backward(onednn: bool, rows: int, with_bias: bool) -> None:
     weight, bias = torch.randn(40, 24), torch.randn(40) if with_bias else None
-    linear = FrozenLinear(weight, bias, packed=packed)
+    linear = FrozenLinear(weight, bias, onednn=onednn)
     x, dy = torch.randn(rows, 24), torch.randn(rows, 40)
 
     torch.testing.assert_close(linear.forward(x), functional.linear(x, weight, bias), atol=1e-5, rtol=1e-5)
+    if onednn:
+        linear.pack()
+        torch.testing.assert_close(linear.forward_packed(x), functional.linear(x, weight, bias), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(linear.backward(dy), dy @ weight, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not has_onednn(torch.float32), reason="oneDNN's linear is not in this build of torch")
+def test_a_packed_copy_has_the_update_that_was_merged_last() -> None:
+    weight, x = torch.randn(7, 5), torch.randn(3, 5)
+    linear, update = (
+        FrozenLinear(weight, onednn=True),
+        SiteWeights(torch.randn(4, 5), (torch.randn(4, 2), torch.randn(3, 2))),
+    )
+    merged = weight + 0.5 * torch.cat([update.b[0] @ update.a[:2], update.b[1] @ update.a[2:]])
+
+    for site, expected in [(None, weight), (update, merged), (None, weight)]:
+        linear.pack(site, 0.5)
+        torch.testing.assert_close(linear.forward_packed(x), functional.linear(x, expected))
+        torch.testing.assert_close(linear.forward(x), functional.linear(x, weight))
 
 
 def _double(*shape: int) -> Tensor:

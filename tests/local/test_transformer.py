@@ -51,7 +51,7 @@ def test_logits_are_those_of_transformers(variant: str, tmp_path: Path) -> None:
     assert is_lean(config)
     weights = read_safetensors(folder)
     assert weights is not None
-    model = LeanTransformer(config, weights, packed=has_onednn())
+    model = LeanTransformer(config, weights, onednn=has_onednn(torch.float32))
     generator = torch.Generator().manual_seed(0)
     shared = torch.randint(3, 400, (20,), generator=generator)
     sequences = [torch.cat([shared, torch.randint(3, 400, (length,), generator=generator)]) for length in (1, 30, 7)]
@@ -71,7 +71,7 @@ def test_long_segments_are_attended_to_in_blocks(tmp_path: Path) -> None:
     folder = make_tiny_model(tmp_path, num_hidden_layers=1)
     weights = read_safetensors(folder)
     assert weights is not None
-    model = LeanTransformer(AutoConfig.from_pretrained(folder), weights, packed=False)
+    model = LeanTransformer(AutoConfig.from_pretrained(folder), weights, onednn=False)
     sequence = torch.randint(3, 400, (1300,), generator=torch.Generator().manual_seed(0))
 
     packed = pack([sequence.numpy()])
