@@ -57,6 +57,7 @@ class _Pool:
         self.capacity = capacity
         self.slots: list[Slot] = []
         self.running = 0
+        self._memory: mmap.mmap | None = None
         self.kv = self._zeros(0)
 
     def add(self, slot: Slot) -> None:
@@ -99,10 +100,23 @@ class _Pool:
         """Zeros that, on a CPU, take memory only once something is written to them."""
         shape = self._shape
         sizes = (2, shape.layers, slots, shape.kv_heads, self.capacity, shape.head_size)
+        self._memory = None
         if not slots or self._like.device.type != "cpu":
             return self._like.new_zeros(sizes)
-        memory = mmap.mmap(-1, math.prod(sizes) * self._like.element_size())
-        return torch.frombuffer(memory, dtype=self._like.dtype).view(sizes)
+        self._memory = mmap.mmap(-1, math.prod(sizes) * self._like.element_size())
+        return torch.frombuffer(self._memory, dtype=self._like.dtype).view(sizes)
+
+    def give_back(self) -> None:
+        """Returns the memory of unused slots to the system, where it can be returned; they are zero again."""
+        if self._memory is None or not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        layers, count = self.kv.shape[1:3]
+        slot_bytes = len(self._memory) // (2 * layers * count)
+        for plane in range(2 * layers):
+            start = -(-(plane * count + len(self.slots)) * slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+            length = (plane + 1) * count * slot_bytes - start
+            if length > 0:
+                self._memory.madvise(mmap.MADV_DONTNEED, start, length)
 
 
 class KvCache:
@@ -117,7 +131,7 @@ class KvCache:
         self._like = like
         self._pools: dict[int, _Pool] = {}
         self._clock = itertools.count()
-        self.bytes_per_token = 2 * shape.layers * shape.kv_heads * shape.head_size * like.element_size()
+        self.bytes_per_token = shape.cache_bytes(like.dtype)
         self.capacity = capacity_bytes // self.bytes_per_token
         """Tokens."""
 
@@ -168,6 +182,13 @@ class KvCache:
         slot.pool.kv[:, :, slot.index] = 0.0
         slot.pool.park(slot)
         slot.pool.remove(slot)
+
+    def shrink(self) -> None:
+        """Drops all parked slots and gives their memory back."""
+        for slot in [slot for slot in self._slots() if not slot.running]:
+            slot.pool.remove(slot)
+        for pool in self._pools.values():
+            pool.give_back()
 
     def fill(self, slot: Slot, start: int, kv: Tensor) -> None:
         """Writes ``kv`` [2, layers, tokens, kv_heads, size] from token ``start`` on."""

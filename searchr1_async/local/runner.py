@@ -16,6 +16,7 @@ from torch import Tensor
 from searchr1_async.local.backend import InflightClient, Int32Array
 from searchr1_async.local.kv_cache import KvCache, Slot
 from searchr1_async.local.lora import LoraWeights
+from searchr1_async.local.memory import MemoryPlan
 from searchr1_async.local.packing import PackedPrefix, TreeAttention, pack
 from searchr1_async.local.transformer import LeanTransformer, LoraRows
 
@@ -49,6 +50,15 @@ class Prefilled:
 class Runner(Protocol):
     """A model with the KV cache of its running sequences."""
 
+    @property
+    def capacity(self) -> int | None:
+        """Tokens that running sequences may have in all; None: no limit."""
+        ...
+
+    def shrink(self) -> None:
+        """Drops what is cached of sequences that have ended."""
+        ...
+
     def cached(self, owner: Owner, prompt: Int32Array) -> int:
         """Number of cached tokens of ``prompt``."""
         ...
@@ -71,12 +81,16 @@ class Runner(Protocol):
 class LeanRunner:
     """:class:`Runner` over :class:`LeanTransformer`, with batched prefill and one cache for running and ended sequences."""
 
-    def __init__(self, model: LeanTransformer, cache_bytes: int) -> None:
+    def __init__(self, model: LeanTransformer, memory: MemoryPlan) -> None:
         self._model = model
-        self._cache = KvCache(model.shape, model.embedding, cache_bytes)
+        self._cache = KvCache(model.shape, model.embedding, memory.ended)
+        self.capacity = memory.running // self._cache.bytes_per_token
         self._sampled: Callable[[], LoraWeights | None] = lambda: None
         """Refers to the adapter of the last step, weakly: its slots are dropped once it is gone."""
         self._steps_alone = 0
+
+    def shrink(self) -> None:
+        self._cache.shrink()
 
     def cached(self, owner: Owner, prompt: Int32Array) -> int:
         # The last token always runs: its logits are needed.

@@ -133,6 +133,11 @@ class _Job:
     topk_prompt: tuple[Int32Array, Float32Array] | None = None
 
     @property
+    def most_tokens(self) -> int:
+        """Of one sequence, prompt included."""
+        return len(self.request.prompt) + self.max_tokens
+
+    @property
     def over(self) -> bool:
         return self.future.done()
 
@@ -254,13 +259,20 @@ class Sampler:
     def _admit(self) -> None:
         """Start waiting requests in FIFO order, prefilling those of one owner together."""
         room = self._max_batch - len(self._running)
+        held = sum(item.job.most_tokens for item in self._running)
         groups: dict[tuple[Owner, bool], list[tuple[_Job, int]]] = {}
         budget = self._prefill_tokens
         for job in list(self._waiting):
             if room < 1 or budget < 1:
                 break
             count = min(room, job.request.num_samples - job.started)
+            if self._runner.capacity is not None:
+                # One always runs, so that none waits forever.
+                count = min(count, max((self._runner.capacity - held) // job.most_tokens, int(held == 0)))
+            if count < 1:
+                break
             room -= count
+            held += count * job.most_tokens
             known = 0 if job.all_logits else self._runner.cached(job.owner, job.request.prompt)
             budget -= len(job.request.prompt) - known
             groups.setdefault((job.owner, job.all_logits), []).append((job, count))

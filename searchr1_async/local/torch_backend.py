@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 
+from searchr1_async.local import memory
 from searchr1_async.local.backend import (
     AdamParams,
     Adapter,
@@ -36,6 +37,8 @@ from searchr1_async.local.trainer import adam_step, forward_backward
 
 logger = logging.getLogger(__name__)
 
+_LOOK_SECONDS = 2.0
+"""How often it is looked whether the machine is short of memory."""
 SAMPLING_QUANTUM_SECONDS = 1.0
 """How long sampling may run while a training micro-batch waits."""
 
@@ -82,9 +85,9 @@ class TorchBackend:
         threads: int | None = None,
         dtype: str = "auto",
         device: str = "auto",
-        kv_cache_bytes: int = 2 * 1024**3,
+        memory_bytes: int | None = None,
         max_batch: int = 64,
-        max_rows: int = 1536,
+        max_rows: int | None = None,
     ) -> TorchBackend:
         """Load a model; takes seconds.
 
@@ -93,9 +96,9 @@ class TorchBackend:
             threads: compute threads; None is torch's default, one per core.
             dtype: ``float32``, ``bfloat16``, or ``auto``: bfloat16 where the hardware multiplies it faster.
             device: ``cpu``, ``cuda``, ``mps``, or ``auto``: the first accelerator found.
-            kv_cache_bytes: size limit of the prefix cache (running sequences not included).
+            memory_bytes: what the service may take in all; None: a quarter of the machine's memory, or 90 % of the GPU's.
             max_batch: maximum sequences sampled at once.
-            max_rows: maximum distinct tokens per training micro-batch.
+            max_rows: maximum distinct tokens per training micro-batch; None: as many as are useful and fit.
 
         Raises:
             ModelError: the model cannot be found or used.
@@ -103,7 +106,7 @@ class TorchBackend:
         folder = resolve_model(model)
         target = choose_device(device)
         precision = choose_dtype(dtype, target)
-        engine = load_engine(folder, target, precision, kv_cache_bytes, max_rows)
+        engine = load_engine(folder, target, precision, memory_bytes, max_rows)
         logger.info("Loaded %s in %s on %s", model, precision, target)
         return cls(model, folder, engine, threads=threads, max_batch=max_batch)
 
@@ -190,7 +193,13 @@ class TorchBackend:
         if self._threads is not None:
             torch.set_num_threads(self._threads)
         turns = Turns(SAMPLING_QUANTUM_SECONDS)
+        next_look = 0.0
         while self._take_arrivals():
+            if time.monotonic() >= next_look:
+                next_look = time.monotonic() + _LOOK_SECONDS
+                if memory.is_short():
+                    logger.warning("The machine is short of memory: dropped what was cached of ended sequences")
+                    self._engine.runner.shrink()
             if turns.training_is_due(bool(self._work), self._sampler.busy, time.monotonic()):
                 self._train()
                 turns.trained(time.monotonic())

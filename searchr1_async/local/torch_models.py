@@ -26,6 +26,7 @@ from searchr1_async.errors import ModelError
 from searchr1_async.local.backend import Datum, Int32Array, Thresholds
 from searchr1_async.local.compat import has_onednn
 from searchr1_async.local.lora import LoraAdapter, LoraSite, LoraWeights
+from searchr1_async.local.memory import plan
 from searchr1_async.local.runner import LeanRunner, Owner, Prefilled, Runner, weights_of
 from searchr1_async.local.sampler import Decoder
 from searchr1_async.local.trainer import LeanTrainer, Loss, MicroBatchResult, Trainer, slope_of, with_sequence_ratio
@@ -46,8 +47,14 @@ class Engine:
     device: torch.device
 
 
-def load_engine(folder: Path, device: torch.device, dtype: torch.dtype, cache_bytes: int, max_rows: int) -> Engine:
-    """Loads a Hugging Face folder. Raises :class:`ModelError` if it cannot be read."""
+def load_engine(
+    folder: Path, device: torch.device, dtype: torch.dtype, memory_bytes: int | None = None, max_rows: int | None = None
+) -> Engine:
+    """Loads a Hugging Face folder. Raises :class:`ModelError` if it cannot be read.
+
+    ``memory_bytes``: see :func:`~searchr1_async.local.memory.plan`; ``max_rows``: distinct tokens of a training micro-batch, in place
+    of the plan's.
+    """
     from transformers import AutoConfig, AutoTokenizer
 
     try:
@@ -55,7 +62,9 @@ def load_engine(folder: Path, device: torch.device, dtype: torch.dtype, cache_by
         tokenizer = AutoTokenizer.from_pretrained(folder)
         if is_lean(config):
             model = _lean_model(folder, config, device, dtype)
-            runner, trainer = LeanRunner(model, cache_bytes), LeanTrainer(model, max_rows=max_rows)
+            memory = plan(model.shape, model.parameters, device, dtype, packs=model.can_pack, limit=memory_bytes)
+            logger.info("Memory: %s", memory)
+            runner, trainer = LeanRunner(model, memory), LeanTrainer(model, max_rows=max_rows or memory.rows)
             sites = tuple(model.lora_sites())
         else:
             logger.info("%s models use the transformers forward pass, one sequence at a time", config.model_type)
@@ -173,11 +182,16 @@ class _Handle:
 class GenericRunner:
     """:class:`~searchr1_async.local.runner.Runner` over :class:`HookedModel`."""
 
+    capacity = None
+
     def __init__(self, model: HookedModel) -> None:
         self._model = model
         # transformers 5.24 renamed the keyword and the output field, but only for some architectures.
         names = inspect.signature(model.model.forward).parameters
         self._cache_name = "cache" if "cache" in names else "past_key_values"
+
+    def shrink(self) -> None:
+        """It caches nothing."""
 
     def cached(self, owner: Owner, prompt: Int32Array) -> int:
         return 0

@@ -170,8 +170,8 @@ class Trainer(Protocol):
 class LeanTrainer:
     """Micro-batches over :class:`LeanTransformer`: computes each distinct token once, and logits in chunks."""
 
-    def __init__(self, model: LeanTransformer, *, max_rows: int = 1536) -> None:
-        """``max_rows``: distinct tokens per micro-batch; about 1.2 MB of activations each for a 135M model."""
+    def __init__(self, model: LeanTransformer, *, max_rows: int) -> None:
+        """``max_rows``: distinct tokens per micro-batch."""
         self._model = model
         self._max_rows = max_rows
 

@@ -43,6 +43,17 @@ class Shape:
     hidden: int
     vocabulary: int
     context: int
+    middle: int
+    """Outputs of the gate and of the up projection."""
+
+    def cache_bytes(self, dtype: torch.dtype) -> int:
+        """Keys and values of one token."""
+        return 2 * self.layers * self.kv_heads * self.head_size * dtype.itemsize
+
+    def activation_bytes(self, dtype: torch.dtype) -> int:
+        """What training keeps of one token for the backward pass: of each layer about the inputs and outputs of its operations."""
+        attention = (self.heads + 2 * self.kv_heads) * self.head_size
+        return self.layers * (6 * self.hidden + 2 * attention + 3 * self.middle) * dtype.itemsize
 
 
 class Attention(Protocol):
@@ -88,6 +99,7 @@ class LeanTransformer:
             config.hidden_size,
             config.vocab_size,
             config.max_position_embeddings,
+            config.intermediate_size,
         )
         self.eps = float(config.rms_norm_eps)
         self.embedding = weights["model.embed_tokens.weight"].clone()
@@ -103,6 +115,14 @@ class LeanTransformer:
         self._packed_adapter: Callable[[], LoraWeights | None] = _no_adapter
         self._frequencies, self._rope_scale = _rope_frequencies(config, head_size)
         self._rope: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the weights."""
+        matrices = {id(linear.weight): linear.weight for _, linear in self._linears()} | {
+            id(self.embedding): self.embedding
+        }
+        return sum(matrix.numel() for matrix in matrices.values())
 
     @property
     def device(self) -> torch.device:

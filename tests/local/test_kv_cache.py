@@ -12,7 +12,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from searchr1_async.local.kv_cache import KvCache, Slot
 from searchr1_async.local.transformer import Shape
 
-SHAPE = Shape(layers=2, heads=2, kv_heads=1, head_size=2, hidden=4, vocabulary=10, context=1024)
+SHAPE = Shape(layers=2, heads=2, kv_heads=1, head_size=2, hidden=4, vocabulary=10, context=1024, middle=4)
 TOKEN_BYTES = 2 * 2 * 1 * 2 * 4
 
 
