@@ -14,7 +14,9 @@ import weakref
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -119,6 +121,19 @@ class _Pool:
                 self._memory.madvise(mmap.MADV_DONTNEED, start, length)
 
 
+@dataclass(frozen=True, slots=True)
+class Places:
+    """A pool's part of a decoding step, in numpy."""
+
+    keys: NDArray[np.float32]
+    """[layers, slots, kv_heads, capacity, size], as :attr:`values`."""
+    values: NDArray[np.float32]
+    slots: NDArray[np.int64]
+    """Of each row."""
+    places: NDArray[np.int64]
+    """Of each row, in its slot."""
+
+
 class KvCache:
     """Slots in pools by capacity (128, 256, 512, … tokens), of which each takes one attention call.
 
@@ -172,7 +187,8 @@ class KvCache:
         self._move_if_below(slot, len(prompt) + 1)
 
     def park(self, slot: Slot, tokens: Int32Array) -> None:
-        """A running slot ends, and keeps its state for ``tokens``, of which it has cached the first."""
+        """A running slot ends, and keeps its state for ``tokens``: of the last it may have none, of wrong guesses after them it has."""
+        slot.length = min(slot.length, len(tokens))
         slot.tokens, slot.used = tokens[: slot.length], next(self._clock)
         slot.pool.park(slot)
         self._drop_parked(0, ())
@@ -200,17 +216,29 @@ class KvCache:
         """A view [2, layers, tokens, kv_heads, size] of a slot's tokens."""
         return slot.pool.kv[:, :, slot.index, :, : slot.length].transpose(2, 3)
 
-    def make_room(self, slots: Sequence[Slot]) -> None:
-        """Each slot gets room for one more token."""
+    def make_room(self, slots: Sequence[Slot], tokens: int = 1) -> None:
+        """Each slot gets room for so many more tokens."""
         for slot in slots:
-            self._move_if_below(slot, slot.length + 1)
+            self._move_if_below(slot, slot.length + tokens)
 
     def batch_order(self) -> list[Slot]:
         """All running slots, in :class:`DecodeAttention`'s row order."""
         return [slot for _, pool in sorted(self._pools.items()) for slot in pool.slots[: pool.running]]
 
-    def attention(self) -> DecodeAttention:
-        return DecodeAttention([pool for _, pool in sorted(self._pools.items()) if pool.running], self._shape)
+    def attention(self, tokens: int = 1) -> DecodeAttention:
+        """For so many new tokens of each running slot."""
+        return DecodeAttention([pool for _, pool in sorted(self._pools.items()) if pool.running], self._shape, tokens)
+
+    def places(self, tokens: int) -> list[Places]:
+        """Where so many new tokens of each running slot go, in :meth:`batch_order`. On a CPU only."""
+        out = []
+        for _, pool in sorted(self._pools.items()):
+            if pool.running:
+                lengths = np.array([slot.length for slot in pool.slots[: pool.running]])
+                places = (lengths[:, None] + np.arange(tokens)).reshape(-1)
+                keys, values = pool.kv.numpy()
+                out.append(Places(keys, values, np.arange(pool.running).repeat(tokens), places))
+        return out
 
     def _slots(self) -> Iterator[Slot]:
         return (slot for pool in self._pools.values() for slot in pool.slots)
@@ -249,46 +277,64 @@ class KvCache:
 
 
 class DecodeAttention:
-    """Appends one token's key and value to every running slot and attends to the slot's tokens."""
+    """Appends the keys and values of T new tokens to every running slot; each attends to the slot's tokens up to itself.
 
-    def __init__(self, pools: Sequence[_Pool], shape: Shape) -> None:
-        self._pools = pools
+    Rows are ordered by slot, then by token. The slots' lengths stay as they are.
+    """
+
+    def __init__(self, pools: Sequence[_Pool], shape: Shape, tokens: int) -> None:
         self._shape = shape
-        self._rows = [pool.running for pool in pools]
-        self._index, self._lengths, self._masks = [], [], []
-        for pool in pools:
-            device, dtype = pool.kv.device, pool.kv.dtype
-            lengths = torch.tensor([slot.length for slot in pool.slots[: pool.running]], device=device)
-            hidden = torch.arange(int(lengths.max()) + 1, device=device).unsqueeze(0) > lengths.unsqueeze(1)
-            mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
-            self._index.append(torch.arange(pool.running, device=device))
-            self._lengths.append(lengths)
-            self._masks.append(mask.repeat_interleave(shape.kv_heads, 0).unsqueeze(1))
+        self._tokens = tokens
+        self._parts = [self._part(pool) for pool in pools]
+        self._rows = [part.pool.running * tokens for part in self._parts]
+
+    def _part(self, pool: _Pool) -> _Part:
+        device, dtype = pool.kv.device, pool.kv.dtype
+        lengths = [slot.length for slot in pool.slots[: pool.running]]
+        places_ST = torch.tensor(lengths, device=device).unsqueeze(1) + torch.arange(self._tokens, device=device)
+        longest = max(lengths) + self._tokens
+        hidden_STN = torch.arange(longest, device=device) > places_ST.unsqueeze(2)
+        mask_STN = torch.zeros(hidden_STN.shape, dtype=dtype, device=device).masked_fill_(hidden_STN, float("-inf"))
+        # The queries of a key head: each token's group of heads.
+        mask = mask_STN.repeat_interleave(self._shape.kv_heads, 0)
+        if self._tokens > 1:
+            mask = mask.repeat_interleave(self._shape.heads // self._shape.kv_heads, 1)
+        index = torch.arange(pool.running, device=device).unsqueeze(1).expand_as(places_ST)
+        return _Part(pool, index, places_ST, longest, mask)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        shape = self._shape
-        outputs = []
-        parts = zip(self._pools, self._index, self._lengths, self._masks, q.split(self._rows), k.split(self._rows),
-                    v.split(self._rows), strict=True)  # fmt: skip
-        for pool, index, lengths, mask, queries, key, value in parts:
-            rows, longest = len(queries), mask.shape[-1]
-            keys, values = pool.kv[0, layer, :rows], pool.kv[1, layer, :rows]
-            keys[index, :, lengths] = key
-            values[index, :, lengths] = value
-            grouped = queries.reshape(rows * shape.kv_heads, -1, shape.head_size)
-            out = _attend(grouped, keys.flatten(0, 1)[:, :longest], values.flatten(0, 1)[:, :longest], mask)
-            outputs.append(out.reshape(rows, -1))
+        parts = zip(self._parts, q.split(self._rows), k.split(self._rows), v.split(self._rows), strict=True)
+        outputs = [self._attend(layer, *part) for part in parts]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def advance(self) -> None:
-        """Adds the new tokens to the slots' lengths, after the last layer."""
-        for pool in self._pools:
-            for slot in pool.slots[: pool.running]:
-                slot.length += 1
+    def _attend(self, layer: int, part: _Part, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        heads, size, tokens, slots = self._shape.kv_heads, self._shape.head_size, self._tokens, part.pool.running
+        keys, values = part.pool.kv[0, layer, :slots], part.pool.kv[1, layer, :slots]
+        keys[part.index, :, part.places] = k.reshape(slots, tokens, heads, size)
+        values[part.index, :, part.places] = v.reshape(slots, tokens, heads, size)
+        grouped = q.reshape(slots, tokens, heads, -1, size).transpose(1, 2).reshape(slots * heads, -1, size)
+        seen = part.longest
+        out = _attend(grouped, keys.flatten(0, 1)[:, :seen], values.flatten(0, 1)[:, :seen], part.mask)
+        return out.view(slots, heads, tokens, -1, size).transpose(1, 2).reshape(slots * tokens, -1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A pool in a decoding step: S running slots with T new tokens each."""
+
+    pool: _Pool
+    index: Tensor
+    """[S, T], the slot of each new token."""
+    places: Tensor
+    """[S, T], its place in the slot."""
+    longest: int
+    """Tokens of the longest slot, new ones included."""
+    mask: Tensor
+    """[S · kv_heads, 1 or T · heads / kv_heads, longest]."""
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention with few queries per key head: ``q`` [heads, queries, size], ``mask`` [heads, 1, tokens]."""
+    """Attention with few queries per key head: ``q`` [heads, queries, size], ``mask`` [heads, 1 or queries, tokens]."""
     if q.device.type != "cpu" or q.dtype != torch.float32:
         out = functional.scaled_dot_product_attention(
             q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), attn_mask=mask.unsqueeze(1)

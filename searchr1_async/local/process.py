@@ -229,8 +229,6 @@ async def _child(log_path: Path, threads: int | None) -> AsyncIterator[Process]:
     path = [entry for entry in sys.path if entry and isinstance(entry, str)]  # imports ignore a Path in it
     environment = {
         **os.environ,
-        # Waiting threads must not spin: the engine needs the CPU.
-        "OMP_WAIT_POLICY": "passive",
         "OMP_NUM_THREADS": str(threads or os.cpu_count() or 1),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": os.pathsep.join(path if package in path else [package, *path]),
@@ -240,6 +238,9 @@ async def _child(log_path: Path, threads: int | None) -> AsyncIterator[Process]:
         log = log_path.open("ab")
     except OSError as error:
         raise ServiceStartError(f"cannot write the service's log {log_path}: {error}") from error
+    if not environment.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+        # Between two products a waiting thread spins for some 30 µs: to wake it would take as long as a product of one row.
+        environment["GOMP_SPINCOUNT"] = "3000"
     with log:
         process = await anyio.open_process(
             # -P: sys.path is the parent's, without the current folder.

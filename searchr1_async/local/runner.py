@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from searchr1_async.local.backend import InflightClient, Int32Array
+from searchr1_async.local.few_rows import MOST_ROWS, PRODUCT_ROWS, FewRows
 from searchr1_async.local.kv_cache import KvCache, Slot
 from searchr1_async.local.lora import LoraWeights
-from searchr1_async.local.memory import MemoryPlan
+from searchr1_async.local.machine import MemoryPlan
 from searchr1_async.local.packing import PackedPrefix, TreeAttention, pack
 from searchr1_async.local.transformer import LeanTransformer, LoraRows
 
@@ -69,8 +70,18 @@ class Runner(Protocol):
         """Prefill ``prompts`` together and open ``copies[i]`` running sequences of each."""
         ...
 
-    def decode(self, handles: Sequence[Any], tokens: Sequence[int], owners: Sequence[Owner]) -> Tensor:
-        """Append one token to every running sequence; returns next-token logits [len(handles), vocabulary]."""
+    free_rows: int
+    """A step of so many rows takes no longer than one of a single row."""
+
+    def decode(self, handles: Sequence[Any], tokens: Sequence[Sequence[int]], owners: Sequence[Owner]) -> Tensor:
+        """Runs as many tokens of every running sequence; returns the logits after each, [sequences · tokens, vocabulary].
+
+        Of several tokens all but the first are guesses: :meth:`accept` says how many were right.
+        """
+        ...
+
+    def accept(self, handle: Any, tokens: int) -> None:
+        """Keeps this many of the tokens that were decoded last."""
         ...
 
     def finish(self, handle: Any, owner: Owner, tokens: Int32Array | None) -> None:
@@ -85,6 +96,8 @@ class LeanRunner:
         self._model = model
         self._cache = KvCache(model.shape, model.embedding, memory.ended)
         self.capacity = memory.running // self._cache.bytes_per_token
+        self._few = FewRows(model)
+        self.free_rows = PRODUCT_ROWS if self._few.available else 1
         self._sampled: Callable[[], LoraWeights | None] = lambda: None
         """Refers to the adapter of the last step, weakly: its slots are dropped once it is gone."""
         self._steps_alone = 0
@@ -147,25 +160,30 @@ class LeanRunner:
         return lambda start, stop: self._model.logits(states[start:stop], lora)
 
     @torch.no_grad()
-    def decode(self, handles: Sequence[Slot], tokens: Sequence[int], owners: Sequence[Owner]) -> Tensor:
+    def decode(self, handles: Sequence[Slot], tokens: Sequence[Sequence[int]], owners: Sequence[Owner]) -> Tensor:
+        count = len(tokens[0])
         self._pack_for(owners)
-        self._cache.make_room(handles)
+        self._cache.make_room(handles, count)
         row_of = {slot: row for row, slot in enumerate(self._cache.batch_order())}
         order = sorted(range(len(handles)), key=lambda i: row_of[handles[i]])
         device = self._model.device
-        attention = self._cache.attention()
-        lora = _lora_rows([owners[i] for i in order], device)
-        hidden = self._model.hidden(
-            torch.tensor([tokens[i] for i in order], device=device),
-            torch.tensor([handles[i].length for i in order], device=device),
-            attention,
-            lora,
-        )
-        attention.advance()
-        logits = self._model.logits(hidden, lora)
+        run = [token for i in order for token in tokens[i]]
+        positions = [handles[i].length + place for i in order for place in range(count)]
+        weights = {weights_of(owner) for owner in owners}
+        if self._few.available and len(run) <= MOST_ROWS and len(weights) == 1 and self._model.is_packed(weights.pop()):
+            logits = self._few.logits(run, positions, self._cache.places(count))
+        else:
+            lora = _lora_rows([owners[i] for i in order for _ in range(count)], device)
+            attention = self._cache.attention(count)
+            tokens_R, positions_R = torch.tensor(run, device=device), torch.tensor(positions, device=device)
+            logits = self._model.logits(self._model.hidden(tokens_R, positions_R, attention, lora), lora)
         if order == list(range(len(handles))):
             return logits
-        return logits[torch.tensor([row_of[slot] for slot in handles], device=device)]
+        rows = [row_of[slot] * count + place for slot in handles for place in range(count)]
+        return logits[torch.tensor(rows, device=device)]
+
+    def accept(self, handle: Slot, tokens: int) -> None:
+        handle.length += tokens
 
     def finish(self, handle: Slot, owner: Owner, tokens: Int32Array | None) -> None:
         if tokens is None:

@@ -154,13 +154,23 @@ class _Running:
     index: int
     generator: np.random.Generator
     handle: Any
+    draws: list[float] = field(default_factory=list)
+    """Drawn and not used yet."""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     topk: list[tuple[Int32Array, Float32Array]] = field(default_factory=list)
 
-    def rule(self) -> ChoiceRule:
+    def rules(self, tokens: int) -> list[ChoiceRule]:
+        """For the next tokens. Each place has its own draw, whether guesses came before it or not."""
         request = self.job.request
-        return ChoiceRule(request.temperature, request.top_k, request.top_p, self.generator.random())
+        self.draws += [self.generator.random() for _ in range(tokens - len(self.draws))]
+        return [ChoiceRule(request.temperature, request.top_k, request.top_p, draw) for draw in self.draws[:tokens]]
+
+    def guesses(self, count: int) -> list[int]:
+        """What followed when the last two tokens stood together before: answers copy from questions and passages."""
+        text = np.concatenate([self.job.request.prompt, np.array(self.tokens, np.int32)])
+        places = np.flatnonzero((text[:-2] == text[-2]) & (text[1:-1] == text[-1]))
+        return text[places[-1] + 2 :][:count].tolist() if len(places) else []
 
 
 class Sampler:
@@ -224,10 +234,20 @@ class Sampler:
         self._admit()
         if self._running:
             batch = list(self._running)
-            logits = self._runner.decode(
-                [item.handle for item in batch], [item.tokens[-1] for item in batch], [item.job.owner for item in batch]
-            )
-            self._extend(batch, logits)
+            tokens = self._tokens_to_run(batch)
+            logits = self._runner.decode([item.handle for item in batch], tokens, [item.job.owner for item in batch])
+            self._extend(batch, logits, [run[1:] for run in tokens])
+
+    def _tokens_to_run(self, batch: Sequence[_Running]) -> list[list[int]]:
+        """The last token of each sequence, and guesses at the next ones if there are rows that take no time; as many of each."""
+        left = min(self._context - len(item.job.request.prompt) - len(item.tokens) for item in batch)
+        most = min(self._runner.free_rows // len(batch) - 1, left)
+        guesses = [item.guesses(most) if most > 0 else [] for item in batch]
+        count = max(map(len, guesses))
+        return [
+            [item.tokens[-1], *guessed, *[0] * (count - len(guessed))]
+            for item, guessed in zip(batch, guesses, strict=True)
+        ]
 
     def _check(self, request: SampleRequest) -> int:
         """Whether it fits this model; returns the maximum number of new tokens."""
@@ -295,7 +315,7 @@ class Sampler:
             if job.started == job.request.num_samples:
                 self._waiting.remove(job)
         self._running.extend(started)
-        self._extend(started, torch.stack(rows))
+        self._extend(started, torch.stack(rows), [()] * len(started))
 
     @staticmethod
     def _generator(request: SampleRequest, index: int) -> np.random.Generator:
@@ -322,26 +342,47 @@ class Sampler:
         if k:
             job.topk_prompt = ids, values
 
-    def _extend(self, batch: Sequence[_Running], logits: Tensor) -> None:
-        """Choose the next token of every sequence in ``batch``; finish those that are done."""
-        choices = choose(logits, [item.rule() for item in batch])
-        for row, item in enumerate(batch):
-            token = int(choices.tokens[row])
-            if token < 0:
-                fault = UserFault("The log-probabilities under these weights are not finite: training has diverged.")
-                settle(item.job.future, error=fault)
-                self._end(item, useless=True)
-                continue
-            item.tokens.append(token)
-            item.logprobs.append(float(choices.logprobs[row]))
-            if k := item.job.request.topk_sample_logprobs:
-                top = logits[row].topk(k)
-                values = top.values - choices.log_normalizer[row]
-                item.topk.append((top.indices.cpu().numpy().astype(np.int32), values.cpu().numpy()))
-            reason = self._stop_reason(item)
-            if reason is not None:
-                self._end(item)
-                self._complete(item, reason)
+    def _extend(self, batch: Sequence[_Running], logits: Tensor, guesses: Sequence[Sequence[int]]) -> None:
+        """Chooses the next tokens of every sequence in ``batch``: those after its guesses too, as long as they were right.
+
+        ``logits`` [sequences · (guesses + 1), vocabulary]. A guess that is right is the token that would have been chosen without it.
+        """
+        count = len(guesses[0]) + 1
+        choices = choose(logits, [rule for item in batch for rule in item.rules(count)])
+        new_rows: list[range] = []
+        for number, (item, guessed) in enumerate(zip(batch, guesses, strict=True)):
+            first = number * count
+            right = next((i for i, guess in enumerate(guessed) if guess != choices.tokens[first + i]), len(guessed))
+            new_rows.append(range(first, first + right + 1))
+            del item.draws[: right + 1]
+            if item.tokens:
+                self._runner.accept(item.handle, right + 1)
+        # Only now: a sequence that ends may move the others' slots, as far as they are accepted.
+        for item, rows in zip(batch, new_rows, strict=True):
+            for row in rows:
+                if self._add(item, row, logits, choices):
+                    break
+
+    def _add(self, item: _Running, row: int, logits: Tensor, choices: Choices) -> bool:
+        """Adds a chosen token to its sequence; returns whether the sequence is over."""
+        token = int(choices.tokens[row])
+        if token < 0:
+            fault = UserFault("The log-probabilities under these weights are not finite: training has diverged.")
+            settle(item.job.future, error=fault)
+            self._end(item, useless=True)
+            return True
+        item.tokens.append(token)
+        item.logprobs.append(float(choices.logprobs[row]))
+        if k := item.job.request.topk_sample_logprobs:
+            top = logits[row].topk(k)
+            values = top.values - choices.log_normalizer[row]
+            item.topk.append((top.indices.cpu().numpy().astype(np.int32), values.cpu().numpy()))
+        reason = self._stop_reason(item)
+        if reason is None:
+            return False
+        self._end(item)
+        self._complete(item, reason)
+        return True
 
     def _stop_reason(self, item: _Running) -> Literal["stop", "length"] | None:
         if item.tokens[-1] in item.job.stop_tokens:

@@ -14,7 +14,6 @@ from typing import Any, cast
 
 import torch
 
-from searchr1_async.local import memory
 from searchr1_async.local.backend import (
     AdamParams,
     Adapter,
@@ -29,6 +28,7 @@ from searchr1_async.local.backend import (
     UserFault,
 )
 from searchr1_async.local.lora import LoraAdapter, LoraLayout, LoraWeights
+from searchr1_async.local.machine import CoreWatch, memory_is_short, threads_for
 from searchr1_async.local.model_files import resolve_model
 from searchr1_async.local.runner import Owner
 from searchr1_async.local.sampler import Sampler, settle
@@ -37,8 +37,8 @@ from searchr1_async.local.trainer import adam_step, forward_backward
 
 logger = logging.getLogger(__name__)
 
-_LOOK_SECONDS = 2.0
-"""How often it is looked whether the machine is short of memory."""
+_LOOK_SECONDS = 1.0
+"""How often it is looked what other processes leave of the machine."""
 SAMPLING_QUANTUM_SECONDS = 1.0
 """How long sampling may run while a training micro-batch waits."""
 
@@ -51,14 +51,24 @@ class TorchBackend:
     """
 
     def __init__(
-        self, name: str, folder: Path, engine: Engine, *, threads: int | None = None, max_batch: int = 64
+        self, name: str, load: Callable[[], tuple[Path, Engine]], *, threads: int | None = None, max_batch: int = 64
     ) -> None:
         """Use :meth:`load` instead."""
         self.model_name = name
+        self._threads = threads
+        self._arrived = threading.Condition()
+        self._samples: deque[tuple[Owner, SampleRequest, Future[SampleResult]]] = deque()
+        self._work: deque[tuple[Future[Any], Generator[None, None, Any]]] = deque()
+        """Calls on adapters; each yields wherever sampling may interleave."""
+        self._closing = False
+        self._ready = threading.Event()
+        loaded: Future[tuple[Path, Engine]] = Future()
+        self._thread = threading.Thread(target=self._run, args=(load, loaded), name="torch-backend", daemon=True)
+        self._thread.start()
+        folder, engine = loaded.result()
         self.tokenizer_path = str(folder)
         self.max_context_length = engine.context
         self._engine = engine
-        self._threads = threads
         self._sampler = Sampler(
             engine.runner,
             engine.tokenizer,
@@ -67,13 +77,7 @@ class TorchBackend:
             end_tokens=engine.end_tokens,
             max_batch=max_batch,
         )
-        self._arrived = threading.Condition()
-        self._samples: deque[tuple[Owner, SampleRequest, Future[SampleResult]]] = deque()
-        self._work: deque[tuple[Future[Any], Generator[None, None, Any]]] = deque()
-        """Calls on adapters; each yields wherever sampling may interleave."""
-        self._closing = False
-        self._thread = threading.Thread(target=self._loop, name="torch-backend", daemon=True)
-        self._thread.start()
+        self._ready.set()
         # A thread inside torch at interpreter exit aborts the process.
         atexit.register(self.close)
 
@@ -103,12 +107,16 @@ class TorchBackend:
         Raises:
             ModelError: the model cannot be found or used.
         """
-        folder = resolve_model(model)
         target = choose_device(device)
         precision = choose_dtype(dtype, target)
-        engine = load_engine(folder, target, precision, memory_bytes, max_rows)
-        logger.info("Loaded %s in %s on %s", model, precision, target)
-        return cls(model, folder, engine, threads=threads, max_batch=max_batch)
+
+        def load() -> tuple[Path, Engine]:
+            folder = resolve_model(model)
+            engine = load_engine(folder, target, precision, memory_bytes, max_rows)
+            logger.info("Loaded %s in %s on %s", model, precision, target)
+            return folder, engine
+
+        return cls(model, load, threads=threads, max_batch=max_batch)
 
     def create_adapter(self, lora: LoraConfig) -> Future[Adapter]:
         def new() -> LoraAdapter:
@@ -189,15 +197,26 @@ class TorchBackend:
             future.set_exception(RuntimeError("The model's backend is closed."))
         return self._closing
 
-    def _loop(self) -> None:
-        if self._threads is not None:
-            torch.set_num_threads(self._threads)
-        turns = Turns(SAMPLING_QUANTUM_SECONDS)
+    def _run(self, load: Callable[[], tuple[Path, Engine]], loaded: Future[tuple[Path, Engine]]) -> None:
+        """Loads the model and works. All in one thread: with compute threads of two, OpenMP's go to sleep between operations."""
+        most_threads = self._threads or torch.get_num_threads()
+        torch.set_num_threads(most_threads)
+        try:
+            loaded.set_result(load())
+        except BaseException as error:
+            loaded.set_exception(error)
+            return
+        self._ready.wait()
+        self._work_until_closed(most_threads)
+
+    def _work_until_closed(self, most_threads: int) -> None:
+        turns, cores = Turns(SAMPLING_QUANTUM_SECONDS), CoreWatch()
         next_look = 0.0
         while self._take_arrivals():
             if time.monotonic() >= next_look:
                 next_look = time.monotonic() + _LOOK_SECONDS
-                if memory.is_short():
+                torch.set_num_threads(threads_for(most_threads, cores.cores, cores.others()))
+                if memory_is_short():
                     logger.warning("The machine is short of memory: dropped what was cached of ended sequences")
                     self._engine.runner.shrink()
             if turns.training_is_due(bool(self._work), self._sampler.busy, time.monotonic()):

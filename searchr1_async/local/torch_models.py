@@ -26,7 +26,7 @@ from searchr1_async.errors import ModelError
 from searchr1_async.local.backend import Datum, Int32Array, Thresholds
 from searchr1_async.local.compat import has_onednn
 from searchr1_async.local.lora import LoraAdapter, LoraSite, LoraWeights
-from searchr1_async.local.memory import plan
+from searchr1_async.local.machine import plan
 from searchr1_async.local.runner import LeanRunner, Owner, Prefilled, Runner, weights_of
 from searchr1_async.local.sampler import Decoder
 from searchr1_async.local.trainer import LeanTrainer, Loss, MicroBatchResult, Trainer, slope_of, with_sequence_ratio
@@ -52,7 +52,7 @@ def load_engine(
 ) -> Engine:
     """Loads a Hugging Face folder. Raises :class:`ModelError` if it cannot be read.
 
-    ``memory_bytes``: see :func:`~searchr1_async.local.memory.plan`; ``max_rows``: distinct tokens of a training micro-batch, in place
+    ``memory_bytes``: see :func:`~searchr1_async.local.machine.plan`; ``max_rows``: distinct tokens of a training micro-batch, in place
     of the plan's.
     """
     from transformers import AutoConfig, AutoTokenizer
@@ -183,6 +183,7 @@ class GenericRunner:
     """:class:`~searchr1_async.local.runner.Runner` over :class:`HookedModel`."""
 
     capacity = None
+    free_rows = 1
 
     def __init__(self, model: HookedModel) -> None:
         self._model = model
@@ -209,12 +210,15 @@ class GenericRunner:
         return results
 
     @torch.no_grad()
-    def decode(self, handles: Sequence[_Handle], tokens: Sequence[int], owners: Sequence[Owner]) -> Tensor:
+    def decode(self, handles: Sequence[_Handle], tokens: Sequence[Sequence[int]], owners: Sequence[Owner]) -> Tensor:
         rows = []
-        for handle, token, owner in zip(handles, tokens, owners, strict=True):
+        for handle, (token,), owner in zip(handles, tokens, owners, strict=True):
             logits, handle.past = self._run(weights_of(owner), np.array([token], np.int32), handle.past)
             rows.append(logits[-1])
         return torch.stack(rows)
+
+    def accept(self, handle: _Handle, tokens: int) -> None:
+        """It was given one token, which is right."""
 
     def finish(self, handle: _Handle, owner: Owner, tokens: Int32Array | None) -> None:
         handle.past = None

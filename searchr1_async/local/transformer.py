@@ -181,7 +181,7 @@ class LeanTransformer:
         With gradients enabled, ``lora`` must be one trainable adapter for all rows.
         """
         shape = self.shape
-        cos, sin = self._rotations(positions)
+        cos, sin = self.rotations(positions)
         x = self.embedding[tokens]
         rotated = shape.heads + shape.kv_heads
         for i, layer in enumerate(self.layers):
@@ -248,7 +248,8 @@ class LeanTransformer:
                 _add(y, x, site, part)
         return y
 
-    def _rotations(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def rotations(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine, each [rows, 1, size / 2]."""
         if self._rope is None:
             angles = torch.outer(torch.arange(self.shape.context, dtype=torch.float32), self._frequencies)
             dtype = self.embedding.dtype

@@ -78,7 +78,8 @@ def replay(folder: Path, tokens: np.ndarray, plan: list[LoraWeights]) -> np.ndar
     logprobs = []
     for index, token in enumerate(tokens.tolist()):
         if index:
-            logits = runner.decode([handle], [int(tokens[index - 1])], [plan[index]])[0]
+            logits = runner.decode([handle], [[int(tokens[index - 1])]], [plan[index]])[0]
+            runner.accept(handle, 1)
         logprobs.append(float(torch.log_softmax(logits.float(), -1)[token]))
     return np.array(logprobs, np.float32)
 
@@ -138,6 +139,45 @@ def test_cache_hits_are_counted_once_per_request(folder: Path) -> None:
         futures.append(future)
     reused = len(PROMPT) - 1 if "gpt2" not in (folder / "config.json").read_text() else 0
     assert [future.result().prompt_cache_hit_tokens for future in futures] == [0, reused]
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+@pytest.mark.parametrize("stop", [(), (7, 11, 13)])
+def test_guesses_change_no_token(tmp_path: Path, at_once: int, stop: tuple[int, ...]) -> None:
+    """A small vocabulary makes pairs of tokens come again, so that guesses are made and some are right."""
+    folder = make_tiny_model(tmp_path, num_hidden_layers=2, context=256)
+    outcomes: list[list[tuple[list[int], np.ndarray, str]]] = []
+    steps = []
+    for free_rows in (1, 6):
+        engine = engine_of(folder)
+        engine.runner.free_rows = free_rows
+        sampler = sampler_of(engine)
+        futures: list[Future[SampleResult]] = []
+        for seed in range(at_once):
+            request = SampleRequest(np.tile(PROMPT[:3], 5), max_tokens=TOKENS, stop_tokens=stop, seed=seed, top_k=4)
+            futures.append(Future())
+            sampler.submit(None, request, futures[-1])
+        count = 0
+        while sampler.busy:
+            sampler.step()
+            count += 1
+        sequences = [future.result().sequences[0] for future in futures]
+        outcomes.append([(s.tokens.tolist(), s.logprobs, s.stop_reason) for s in sequences])
+        steps.append(count)
+    for (tokens, logprobs, reason), (guessed, guessed_logprobs, guessed_reason) in zip(*outcomes, strict=True):
+        assert (tokens, reason) == (guessed, guessed_reason)
+        np.testing.assert_allclose(logprobs, guessed_logprobs, atol=1e-4)
+    if not stop:
+        assert steps[1] < steps[0], "some guesses were right"
+
+
+def test_guesses_end_with_the_context(tmp_path: Path) -> None:
+    engine = engine_of(make_tiny_model(tmp_path, num_hidden_layers=2, context=64))
+    engine.runner.free_rows = 6
+    sampler = sampler_of(engine)
+    future = submit(sampler, None, PROMPT, 64 - len(PROMPT))
+    finish(sampler)
+    assert len(future.result().sequences[0].tokens) == 64 - len(PROMPT)
 
 
 LOGITS = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5])

@@ -1,8 +1,10 @@
-"""How much memory the model may take, and what takes it."""
+"""What the machine has for the model: how much memory it may take, and how many cores others leave to it."""
 
 from __future__ import annotations
 
-import logging
+import math
+import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +12,6 @@ import psutil
 import torch
 
 from searchr1_async.local.transformer import Shape
-
-logger = logging.getLogger(__name__)
 
 _SHARE = 4
 """A service may take one part in this many of the machine's memory."""
@@ -74,10 +74,40 @@ def plan(
     return MemoryPlan(limit, weights, packed, rows * per_row, rows, running, min(running, _MOST_ENDED))
 
 
-def is_short() -> bool:
+def memory_is_short() -> bool:
     """Whether the machine has almost no memory left."""
     memory = psutil.virtual_memory()
     return memory.available < _LOW * memory.total
+
+
+def threads_for(most: int, cores: float, others: float) -> int:
+    """Compute threads where other processes keep ``others`` of the cores busy: between 1 and ``most``.
+
+    Compute threads wait for each other a hundred times a token. One that has to share its core makes all wait: two threads beside
+    another busy process are slower than one.
+    """
+    return max(1, min(most, math.floor(cores - others + 0.5)))
+
+
+class CoreWatch:
+    """How many cores other processes keep busy, between one call of :meth:`others` and the next."""
+
+    def __init__(self) -> None:
+        self.cores = os.cpu_count() or 1
+        self._process = psutil.Process()
+        self._before = self._times()
+
+    def others(self) -> float:
+        """Mean number of cores since the last call, or since the start."""
+        before, self._before = self._before, self._times()
+        seconds, idle, own = (now - then for now, then in zip(self._before, before, strict=True))
+        # The counters advance in steps of 10 ms or so.
+        return 0.0 if seconds < 0.1 else max(0.0, self.cores - (idle + own) / seconds)
+
+    def _times(self) -> tuple[float, float, float]:
+        """Seconds: of the clock, idle of all cores, and of this process."""
+        system, own = psutil.cpu_times(), self._process.cpu_times()
+        return time.monotonic(), system.idle + getattr(system, "iowait", 0.0), own.user + own.system
 
 
 def _default_limit(device: torch.device) -> int:

@@ -1,0 +1,120 @@
+"""Compiled kernels for decoding a few rows on a CPU, in float32: all that lies between a layer's products.
+
+In torch these are thirty operations a layer, each of which costs more to call than to compute while the weights stream through the
+processor's caches. numba compiles each kernel at its first call and keeps it on disk. Shapes: R rows, H heads, K key heads, S head
+size, N hidden size, M outputs of the gate.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Integers = NDArray[np.int64]
+# As fast as -ffast-math where it matters, but infinities and NaN keep their meaning: they tell that training has diverged.
+_OPTIONS = {"fastmath": {"reassoc", "contract", "arcp", "nsz"}, "error_model": "numpy", "cache": True, "nogil": True}
+
+
+@njit(**_OPTIONS)
+def add_and_norm(x_RN: Floats, y_RN: Floats, weight_N: Floats, eps: float, out_RN: Floats, rows: int) -> None:
+    """Adds y to x in place; ``out = x / sqrt(mean(x²) + eps) · weight``, of the first ``rows``."""
+    size = x_RN.shape[1]
+    for row in range(rows):
+        square = np.float32(0.0)
+        for i in range(size):
+            value = x_RN[row, i] + y_RN[row, i]
+            x_RN[row, i] = value
+            square += value * value
+        inverse = np.float32(1.0 / np.sqrt(square / size + eps))
+        for i in range(size):
+            out_RN[row, i] = x_RN[row, i] * inverse * weight_N[i]
+
+
+@njit(**_OPTIONS)
+def swiglu(gate_up_R2M: Floats, out_RM: Floats, rows: int) -> None:
+    """``silu(gate) · up``, gate first, of the first ``rows``."""
+    size = out_RM.shape[1]
+    for row in range(rows):
+        for i in range(size):
+            gate = gate_up_R2M[row, i]
+            out_RM[row, i] = gate / (np.float32(1.0) + np.exp(-gate)) * gate_up_R2M[row, size + i]
+
+
+@njit(**_OPTIONS)
+def attend(
+    qkv_RX: Floats,
+    turns: tuple[Floats, Floats],
+    keys_values: tuple[Floats, Floats],
+    slots_R: Integers,
+    places_R: Integers,
+    out_RN: Floats,
+    first: int,
+) -> None:
+    """Rotates queries and keys, stores keys and values, and attends.
+
+    ``qkv`` [rows, (H + 2K) · S]: queries, keys and values; changed in place. ``turns``: cosine and sine [rows, S / 2].
+    ``keys_values``: of one layer, each [slots, K, capacity, S]. Row ``first + r`` is the token at ``places[r]`` of ``slots[r]``, and
+    attends to the slot up to itself; ``out`` [rows, H · S].
+    """
+    (cos, sin), (keys, values) = turns, keys_values
+    _, key_heads, capacity, size = keys.shape
+    heads = out_RN.shape[1] // size
+    group = heads // key_heads
+    half = size // 2
+    for r in range(len(slots_R)):
+        row = first + r
+        for head in range(heads + key_heads):
+            for i in range(half):
+                low, high = qkv_RX[row, head * size + i], qkv_RX[row, head * size + half + i]
+                qkv_RX[row, head * size + i] = low * cos[row, i] - high * sin[row, i]
+                qkv_RX[row, head * size + half + i] = high * cos[row, i] + low * sin[row, i]
+        for head in range(key_heads):
+            for i in range(size):
+                keys[slots_R[r], head, places_R[r], i] = qkv_RX[row, (heads + head) * size + i]
+                values[slots_R[r], head, places_R[r], i] = qkv_RX[row, (heads + key_heads + head) * size + i]
+    scores = np.empty((group, capacity), np.float32)
+    for r in range(len(slots_R)):
+        row, seen = first + r, places_R[r] + 1
+        for head in range(key_heads):
+            columns = slice(head * group * size, (head + 1) * group * size)
+            queries = qkv_RX[row, columns].reshape(group, size)
+            outputs = out_RN[row, columns].reshape(group, size)
+            known, held = keys[slots_R[r], head, :seen], values[slots_R[r], head, :seen]
+            for t in range(seen):
+                for g in range(group):
+                    scores[g, t] = _dot(queries[g], known[t])
+            outputs[:] = np.float32(0.0)
+            for g in range(group):
+                _softmax(scores[g, :seen], np.float32(1.0 / np.sqrt(size)))
+            for t in range(seen):
+                for g in range(group):
+                    _add_times(outputs[g], scores[g, t], held[t])
+
+
+@njit(**_OPTIONS)
+def _dot(a: Floats, b: Floats) -> np.float32:
+    total = np.float32(0.0)
+    for i in range(len(a)):
+        total += a[i] * b[i]
+    return total
+
+
+@njit(**_OPTIONS)
+def _add_times(sum: Floats, factor: np.float32, values: Floats) -> None:
+    for i in range(len(sum)):
+        sum[i] += factor * values[i]
+
+
+@njit(**_OPTIONS)
+def _softmax(scores_T: Floats, scale: np.float32) -> None:
+    most = scores_T[0]
+    for t in range(len(scores_T)):
+        most = max(most, scores_T[t])
+    total = np.float32(0.0)
+    for t in range(len(scores_T)):
+        scores_T[t] = np.exp((scores_T[t] - most) * scale)
+        total += scores_T[t]
+    for t in range(len(scores_T)):
+        scores_T[t] /= total
