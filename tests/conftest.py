@@ -6,8 +6,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
+# Time is measured in the benchmarks: here it says how busy the machine is.
+hypothesis.settings.register_profile("without deadlines", deadline=None)
+hypothesis.settings.load_profile("without deadlines")
 # Set before any library reads them: tests never reach a hub or send telemetry.
 os.environ.update(
     HF_HUB_OFFLINE="1",

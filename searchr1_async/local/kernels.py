@@ -43,37 +43,51 @@ def swiglu(gate_up_R2M: Floats, out_RM: Floats, rows: int) -> None:
 
 
 @njit(**_OPTIONS)
-def attend(
+def rotate_and_store(
     qkv_RX: Floats,
     turns: tuple[Floats, Floats],
+    keys_values: tuple[Floats, Floats],
+    slots_R: Integers,
+    places_R: Integers,
+    first: int,
+) -> None:
+    """Rotates queries and keys in place, and stores keys and values.
+
+    ``qkv`` [rows, (H + 2K) · S]: queries, keys and values. ``turns``: cosine and sine [rows, S / 2]. ``keys_values``: of one layer,
+    each [slots, K, capacity, S]. Row ``first + r`` is the token at ``places[r]`` of ``slots[r]``.
+    """
+    (cos, sin), (keys, values) = turns, keys_values
+    _, key_heads, _, size = keys.shape
+    heads = qkv_RX.shape[1] // size - 2 * key_heads
+    half = size // 2
+    for r in range(len(slots_R)):
+        row = first + r
+        for head in range(heads + key_heads):
+            vector = qkv_RX[row, head * size : (head + 1) * size]
+            for i in range(half):
+                low, high = vector[i], vector[half + i]
+                vector[i] = low * cos[row, i] - high * sin[row, i]
+                vector[half + i] = high * cos[row, i] + low * sin[row, i]
+        for head in range(key_heads):
+            start = (heads + head) * size
+            keys[slots_R[r], head, places_R[r]] = qkv_RX[row, start : start + size]
+            start += key_heads * size
+            values[slots_R[r], head, places_R[r]] = qkv_RX[row, start : start + size]
+
+
+@njit(**_OPTIONS)
+def attend(
+    qkv_RX: Floats,
     keys_values: tuple[Floats, Floats],
     slots_R: Integers,
     places_R: Integers,
     out_RN: Floats,
     first: int,
 ) -> None:
-    """Rotates queries and keys, stores keys and values, and attends.
-
-    ``qkv`` [rows, (H + 2K) · S]: queries, keys and values; changed in place. ``turns``: cosine and sine [rows, S / 2].
-    ``keys_values``: of one layer, each [slots, K, capacity, S]. Row ``first + r`` is the token at ``places[r]`` of ``slots[r]``, and
-    attends to the slot up to itself; ``out`` [rows, H · S].
-    """
-    (cos, sin), (keys, values) = turns, keys_values
+    """Attention after :func:`rotate_and_store`: each row to its slot up to itself; ``out`` [rows, H · S]."""
+    keys, values = keys_values
     _, key_heads, capacity, size = keys.shape
-    heads = out_RN.shape[1] // size
-    group = heads // key_heads
-    half = size // 2
-    for r in range(len(slots_R)):
-        row = first + r
-        for head in range(heads + key_heads):
-            for i in range(half):
-                low, high = qkv_RX[row, head * size + i], qkv_RX[row, head * size + half + i]
-                qkv_RX[row, head * size + i] = low * cos[row, i] - high * sin[row, i]
-                qkv_RX[row, head * size + half + i] = high * cos[row, i] + low * sin[row, i]
-        for head in range(key_heads):
-            for i in range(size):
-                keys[slots_R[r], head, places_R[r], i] = qkv_RX[row, (heads + head) * size + i]
-                values[slots_R[r], head, places_R[r], i] = qkv_RX[row, (heads + key_heads + head) * size + i]
+    group = out_RN.shape[1] // size // key_heads
     scores = np.empty((group, capacity), np.float32)
     for r in range(len(slots_R)):
         row, seen = first + r, places_R[r] + 1

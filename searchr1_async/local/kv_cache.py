@@ -303,15 +303,21 @@ class DecodeAttention:
         return _Part(pool, index, places_ST, longest, mask)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        parts = zip(self._parts, q.split(self._rows), k.split(self._rows), v.split(self._rows), strict=True)
-        outputs = [self._attend(layer, *part) for part in parts]
+        heads, size = self._shape.kv_heads, self._shape.head_size
+        for part, key, value in zip(self._parts, k.split(self._rows), v.split(self._rows), strict=True):
+            keys, values = part.pool.kv[:, layer]
+            keys[part.index, :, part.places] = key.reshape(-1, self._tokens, heads, size)
+            values[part.index, :, part.places] = value.reshape(-1, self._tokens, heads, size)
+        return self.attend(layer, q)
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        """Where the new keys and values are stored already: ``q`` [rows, heads, size] to [rows, heads · size]."""
+        outputs = [self._attend(layer, part, rows) for part, rows in zip(self._parts, q.split(self._rows), strict=True)]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _attend(self, layer: int, part: _Part, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, layer: int, part: _Part, q: Tensor) -> Tensor:
         heads, size, tokens, slots = self._shape.kv_heads, self._shape.head_size, self._tokens, part.pool.running
-        keys, values = part.pool.kv[0, layer, :slots], part.pool.kv[1, layer, :slots]
-        keys[part.index, :, part.places] = k.reshape(slots, tokens, heads, size)
-        values[part.index, :, part.places] = v.reshape(slots, tokens, heads, size)
+        keys, values = part.pool.kv[:, layer, :slots]
         grouped = q.reshape(slots, tokens, heads, -1, size).transpose(1, 2).reshape(slots * heads, -1, size)
         seen = part.longest
         out = _attend(grouped, keys.flatten(0, 1)[:, :seen], values.flatten(0, 1)[:, :seen], part.mask)

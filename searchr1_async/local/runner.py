@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from searchr1_async.local.backend import InflightClient, Int32Array
-from searchr1_async.local.few_rows import MOST_ROWS, PRODUCT_ROWS, FewRows
+from searchr1_async.local.decoder import PRODUCT_ROWS, Decoder
 from searchr1_async.local.kv_cache import KvCache, Slot
 from searchr1_async.local.lora import LoraWeights
 from searchr1_async.local.machine import MemoryPlan
@@ -96,8 +96,8 @@ class LeanRunner:
         self._model = model
         self._cache = KvCache(model.shape, model.embedding, memory.ended)
         self.capacity = memory.running // self._cache.bytes_per_token
-        self._few = FewRows(model)
-        self.free_rows = PRODUCT_ROWS if self._few.available else 1
+        self._decoder = Decoder(model)
+        self.free_rows = PRODUCT_ROWS if self._decoder.available else 1
         self._sampled: Callable[[], LoraWeights | None] = lambda: None
         """Refers to the adapter of the last step, weakly: its slots are dropped once it is gone."""
         self._steps_alone = 0
@@ -170,8 +170,8 @@ class LeanRunner:
         run = [token for i in order for token in tokens[i]]
         positions = [handles[i].length + place for i in order for place in range(count)]
         weights = {weights_of(owner) for owner in owners}
-        if self._few.available and len(run) <= MOST_ROWS and len(weights) == 1 and self._model.is_packed(weights.pop()):
-            logits = self._few.logits(run, positions, self._cache.places(count))
+        if self._decoder.available and len(weights) == 1 and self._model.is_packed(weights.pop()):
+            logits = self._decoder.logits(run, positions, self._cache, count)
         else:
             lora = _lora_rows([owners[i] for i in order for _ in range(count)], device)
             attention = self._cache.attention(count)
