@@ -50,6 +50,9 @@ BENCHMARKS = (
     Benchmark("compact_vectors", "Which weights join two small models into good vectors of 768 numbers?", "~120"),
     Benchmark("local_service", "How fast does the embedded service sample, and do sampler and trainer agree?", "~4"),
     Benchmark(
+        "gpu", "Is the embedded service exact on a CUDA GPU, how fast is it there, and what does it learn?", "~20"
+    ),
+    Benchmark(
         "lean_transformer",
         "Is the embedded service's own transformer worth its lines, beside transformers + peft?",
         "5",
