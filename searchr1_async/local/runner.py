@@ -129,23 +129,37 @@ class LeanRunner:
         kv = torch.stack([torch.stack([layer[which] for layer in attention.kept]) for which in (0, 1)])
         rows = [path.rows() for path in packed.paths]
         logits = self._model.logits(hidden[torch.tensor([int(row[-1]) for row in rows], device=device)], lora)
-        results = []
-        for index, (prompt, path) in enumerate(zip(prompts, packed.paths, strict=True)):
-            handles = tuple(self._open(owner, prompt, path, sources, kv) for _ in range(copies[index]))
-            states = hidden[torch.from_numpy(rows[index]).to(device)] if all_logits else None
-            results.append(Prefilled(handles, logits[index], known[index], self._prompt_logits(states, lora)))
+        results, opened = [], []
+        try:
+            for index, (prompt, path) in enumerate(zip(prompts, packed.paths, strict=True)):
+                handles = tuple(self._open(owner, prompt, path, sources, kv, opened) for _ in range(copies[index]))
+                states = hidden[torch.from_numpy(rows[index]).to(device)] if all_logits else None
+                results.append(Prefilled(handles, logits[index], known[index], self._prompt_logits(states, lora)))
+        except BaseException:
+            # Out of memory, for one. A slot that nobody owns would take part in every later step.
+            for slot in opened:
+                self._cache.drop(slot)
+            raise
         return results
 
     def _open(
-        self, owner: Owner, prompt: Int32Array, path: PackedPrefix, sources: Mapping[int, Slot], kv: Tensor
+        self,
+        owner: Owner,
+        prompt: Int32Array,
+        path: PackedPrefix,
+        sources: Mapping[int, Slot],
+        kv: Tensor,
+        opened: list[Slot],
     ) -> Slot:
-        """A running slot for a prompt: the slot that it continues, or a new one."""
+        """A running slot for a prompt: the slot that it continues, or a new one. It is added to ``opened`` first of all."""
         source = None if path.past is None else sources[path.past]
         if source is not None and not source.running and source.length == path.past_length:
             slot = source
             self._cache.resume(slot, prompt)
+            opened.append(slot)
         else:
             slot = self._cache.open(owner, prompt, keep=set(sources.values()))
+            opened.append(slot)
             if source is not None:
                 self._cache.fill(slot, 0, self._cache.read(source)[:, :, : path.past_length])
         done = path.past_length

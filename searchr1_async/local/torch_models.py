@@ -105,6 +105,8 @@ def end_tokens(folder: Path, config: Any, tokenizer: Any) -> tuple[int, ...]:
 
 
 def choose_device(device: str) -> torch.device:
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError(f"device {device!r}: torch finds no CUDA device here; use 'auto' or 'cpu'.")
     if device != "auto":
         return torch.device(device)
     if torch.cuda.is_available():
@@ -122,7 +124,7 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if device.type == "cpu":
         capable = (torch.cpu._is_amx_tile_supported, torch.cpu._is_avx512_bf16_supported)
         return torch.bfloat16 if any(check() for check in capable) else torch.float32
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16
     return torch.float32
 
