@@ -85,6 +85,23 @@ async def prefilled_per_second(client: tinker.SamplingClient, requests: int, len
     return best
 
 
+async def next_turns_per_second(client: tinker.SamplingClient, load: Load, *, requests: int, new: int) -> float:
+    """New prompt tokens a second where ``requests`` conversations go on at once: each prompt of the load, its sampled answer, and
+    ``new`` tokens more, as of a search result. One token is sampled after them."""
+    generator = random.Random("next turns")
+    first = [prompt(generator, load) for _ in range(requests)]
+    answers = [client.sample(one, 1, types.SamplingParams(max_tokens=16, stop=[], seed=1)) for one in first]
+    going_on = []
+    for one, answer in zip(first, answers, strict=True):
+        tokens = [*one.to_ints(), *(await answer).sequences[0].tokens]
+        going_on.append(types.ModelInput.from_ints([*tokens, *_random_tokens(generator, new)]))
+    began = time.monotonic()
+    futures = [client.sample(one, 1, types.SamplingParams(max_tokens=1, stop=[])) for one in going_on]
+    for future in futures:
+        await future
+    return requests * new / (time.monotonic() - began)
+
+
 async def agreement(trainer: tinker.TrainingClient, load: Load) -> Agreement:
     """How far sampler and trainer agree, with the adapter moved off zero by one optimizer step of 1e-3."""
     generator = random.Random(0)

@@ -25,7 +25,7 @@ from searchr1_async.boundary.paths import path_argument, raise_limit
 from searchr1_async.errors import ConfigurationError, SearchR1Error
 from searchr1_async.local.backend import Backend
 from searchr1_async.local.model_files import DEFAULT_MODEL
-from searchr1_async.local.process import CHILD_FLAG, REFUSALS, listener_at
+from searchr1_async.local.process import CHILD_FLAG, REFUSALS, listener_at, thread_settings
 
 _FORCED_EXIT_SECONDS = 4.0
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -65,8 +65,7 @@ def _run_standalone(arguments: argparse.Namespace) -> int:
     settings = vars(arguments) | {"api_key": api_key, "options": {}, "backend_options": {}}
     if arguments.scripted:
         settings["scripted"] = {"reply": arguments.scripted}
-    if arguments.threads:
-        os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+    os.environ.update(thread_settings(arguments.threads))
 
     def ready(fields: Mapping[str, Any]) -> None:
         key = ": the current value of $TINKER_API_KEY" if given_key else f"={api_key}"

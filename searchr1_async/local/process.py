@@ -222,6 +222,15 @@ async def _raise_when_ended(process: Process, log_path: Path) -> None:
     raise ServiceError(f"the embedded service exited unexpectedly (exit code {code}); {_tail(log_path)}")
 
 
+def thread_settings(threads: int | None) -> dict[str, str]:
+    """Environment variables of a process with this many compute threads, to be set before it imports torch; None: one per core."""
+    settings = {"OMP_NUM_THREADS": str(threads or os.cpu_count() or 1)}
+    if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+        # Between two products a waiting thread spins for some 30 µs: to wake it would take as long as a product of one row.
+        settings["GOMP_SPINCOUNT"] = "3000"
+    return settings
+
+
 @asynccontextmanager
 async def _child(log_path: Path, threads: int | None) -> AsyncIterator[Process]:
     """The child process; always ended when the block exits."""
@@ -229,7 +238,7 @@ async def _child(log_path: Path, threads: int | None) -> AsyncIterator[Process]:
     path = [entry for entry in sys.path if entry and isinstance(entry, str)]  # imports ignore a Path in it
     environment = {
         **os.environ,
-        "OMP_NUM_THREADS": str(threads or os.cpu_count() or 1),
+        **thread_settings(threads),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": os.pathsep.join(path if package in path else [package, *path]),
     }
@@ -238,9 +247,6 @@ async def _child(log_path: Path, threads: int | None) -> AsyncIterator[Process]:
         log = log_path.open("ab")
     except OSError as error:
         raise ServiceStartError(f"cannot write the service's log {log_path}: {error}") from error
-    if not environment.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
-        # Between two products a waiting thread spins for some 30 µs: to wake it would take as long as a product of one row.
-        environment["GOMP_SPINCOUNT"] = "3000"
     with log:
         process = await anyio.open_process(
             # -P: sys.path is the parent's, without the current folder.
