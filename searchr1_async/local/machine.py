@@ -17,7 +17,7 @@ _SHARE = 4
 """A service may take one part in this many of the machine's memory."""
 _PROCESS = 500 << 20
 """The process without a model: Python, torch, transformers and their buffers."""
-_MOST_ROWS = {"cpu": 512}
+_MOST_ROWS = {"cpu": 1024}
 """Tokens of a training micro-batch: on a CPU more are no faster, only larger."""
 _MOST_ROWS_ELSEWHERE = 4096
 _LEAST_ROWS = 64
