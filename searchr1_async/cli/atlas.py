@@ -32,6 +32,7 @@ CONFIG = TrainConfig(
     seed=2,
     steps=40,
     time_limit=450.0,  # of 15 minutes on 2 cores; the rest is needed elsewhere
+    min_steps=8,  # on a busy machine the job takes longer instead
     groups_per_batch=8,  # on two cores an episode takes about 0.5 s, a step 40 to 60 s
     group_size=8,
     minibatches=4,
@@ -48,6 +49,7 @@ _SETTINGS = {
     "seed": "of the run and its questions (%(default)s)",
     "steps": "maximum optimizer steps (%(default)s)",
     "time_limit": "seconds of RL (%(default)s)",
+    "min_steps": "steps that the time limit does not prevent (%(default)s)",
     "group_size": "episodes per question (%(default)s)",
     "threads": "CPU threads of the model (all cores)",
 }
