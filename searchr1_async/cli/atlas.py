@@ -1,7 +1,7 @@
 """``run``: the demo job. A small real model learns to search the Factbook, on one machine, without an API key.
 
-It builds the index, evaluates the untrained model on held-out countries, warms it up on demonstrations, trains it and evaluates it
-again. The table is printed; the learning curve and a page of the evaluated episodes are in the run's folder.
+It builds the index while it evaluates the untrained model on held-out countries, warms the model up on demonstrations, trains it and
+evaluates it again. The table is printed; the learning curve and a page of the evaluated episodes are in the run's folder.
 """
 
 from __future__ import annotations

@@ -49,6 +49,8 @@ class Measuring:
         job, step, records = self._job, policy.version, self._recorder.records
         if not job.held_out or (await anyio.to_thread.run_sync(evaluation_steps, records)).get(label) == step:
             return
+        if job.config.episode.limits.max_seconds is not None:
+            await job.search.opened()  # no episode's time is spent on an index that is being built
         evaluation = await evaluate_policy(
             self._session.engine,
             job.held_out,
