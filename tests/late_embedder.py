@@ -14,9 +14,14 @@ class LateEmbedder(HashingEmbedder):
         super().__init__()
         self.may_open = anyio.Event()
         self.failure: Exception | None = None
+        self.closings = 0
 
     async def open(self) -> None:
         await self.may_open.wait()
         if self.failure is not None:
             raise self.failure
         await super().open()
+
+    async def aclose(self) -> None:
+        self.closings += 1
+        await super().aclose()

@@ -277,6 +277,7 @@ class Search:
             await self.source.build(self.embedder, BuildOptions(on_progress=on_progress, emit=log_notices))
 
     async def __aenter__(self) -> Self:
+        await self.opened()  # a connect that is cancelled closes the embedder, perhaps under a build
         await self.connect()
         return self
 
@@ -323,7 +324,8 @@ class Search:
 
             async def open_it() -> None:
                 await self.build(on_progress)
-                await stack.enter_async_context(self)
+                await self.connect()
+                stack.push_async_callback(self.aclose)
                 own.end()
 
             async with anyio.create_task_group() as tasks:

@@ -90,6 +90,25 @@ async def test_it_stays_open_for_another_user(passages: list[Passage], late: Lat
     assert not search.is_open
 
 
+async def test_another_user_who_leaves_early_does_not_end_the_opening(
+    passages: list[Passage], late: LateEmbedder
+) -> None:
+    search = Search.local(passages, embedder=late)
+
+    async def use() -> None:
+        async with search:
+            pytest.fail("it is not open")
+
+    async with search.opening():
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(use)
+            await anyio.wait_all_tasks_blocked()
+            tasks.cancel_scope.cancel()
+        assert not late.closings
+        late.may_open.set()
+        assert await search.search(["is the capital of Egypt."])
+
+
 class EmptyStore:
     """Needs neither files nor threads."""
 
