@@ -78,6 +78,8 @@ class PhaseStarted(Event, frozen=True):
     """Distinguishes repeated phases (``untrained``, ``after RL``)."""
     seconds_at_most: float | None = None
     """The phase ends after this long, done or not; None: no limit."""
+    at_least: int = 0
+    """Units that ``seconds_at_most`` does not prevent."""
 
 
 class PhaseAdvanced(Event, frozen=True):

@@ -277,6 +277,8 @@ class LengthSettings(Checked):
     time_limit: Seconds | None = None
     """Seconds of reinforcement learning after which no further step starts. A running evaluation finishes, a waiting one is
     skipped, and the last weights are evaluated. None: no limit."""
+    min_steps: Natural = 0
+    """Steps that ``time_limit`` does not prevent: on a busy machine the run takes longer instead."""
 
 
 @dataclass(frozen=True, slots=True)

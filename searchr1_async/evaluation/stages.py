@@ -37,9 +37,9 @@ from searchr1_async.runs.rollouts import (
     RunningMeans,
     ServiceChoice,
     check_prompt,
-    open_search,
     opened_engine,
     opened_service,
+    opening_search,
     policy_of,
     started,
     worker_spec,
@@ -196,8 +196,7 @@ class Playing:
             stages = await open_stages(job, wanted, services, self._emit)
         async with AsyncExitStack() as stack:
             if job.search is not None and any(each.method != "direct" for each in wanted):
-                await open_search(job.search, self._emit)
-                await stack.enter_async_context(job.search)
+                await stack.enter_async_context(opening_search(job.search, self._emit))
             for stage, service in stages:
                 if service is not None:
                     await self._play_stage(stage, service)
@@ -212,6 +211,8 @@ class Playing:
             self._emit(started("evaluate", service, job.search, job.play, stage.systems[0].step))
         if self._store.is_kept:
             await keep_tokenizer(service.tokenizer, self._store.folder)
+        if job.search is not None:
+            await job.search.opened()
         by_settings: dict[tuple[WorkerSpec, int | None, int | None], list[SystemRecord]] = {}
         for each in stage.systems:
             if self._missing(each.label):

@@ -66,6 +66,12 @@ class Evaluation:
             f"[{low:.3f}, {high:.3f}], failed={self.failed})"
         )
 
+    def __str__(self) -> str:
+        """``exact match 25.0% [18.1, 33.4] on 120 questions``, with the number of failed episodes if there are any."""
+        low, high = (100 * end for end in self.exact_match_interval)
+        failed = f", {self.failed} failed" if self.failed else ""
+        return f"exact match {self.exact_match:.1%} [{low:.1f}, {high:.1f}] on {self.questions} questions{failed}"
+
     @cached_property
     def by_question(self) -> pl.DataFrame:
         """One row per question: :func:`searchr1_async.records.scores.question_means`."""

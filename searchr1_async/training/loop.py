@@ -81,7 +81,8 @@ class TrainingLoop:
         reason: EndReason = "stopped"
         began = self._control.now()
         left = self._recorder.begin()
-        self._emit(PhaseStarted("train", self._total, "steps", seconds_at_most=left))
+        least = self._job.config.length.min_steps
+        self._emit(PhaseStarted("train", self._total, "steps", seconds_at_most=left, at_least=least))
         self._emit(PhaseAdvanced("train", self._point.step))
         async with self._measuring.beside():
             async with self._recorder.unlearned.writing(), self._completing() as completing:

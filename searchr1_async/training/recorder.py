@@ -206,7 +206,8 @@ class Recorder:
             done: closed steps.
             to_come: usage that follows even without another step.
         """
-        is_late = self._session.control.now() + self._longest_step > self._ends
+        has_enough = done >= self._job.config.length.min_steps
+        is_late = has_enough and self._session.control.now() + self._longest_step > self._ends
         problem = "the time limit is near" if is_late else self.spending.problem(to_come)
         if problem is None:
             return None

@@ -51,7 +51,14 @@ from searchr1_async.runs.folder import (
     work_in,
 )
 from searchr1_async.runs.resume import ResumePoint
-from searchr1_async.runs.rollouts import PlaySettings, check_model, engine_on, open_search, opened_service, worker_spec
+from searchr1_async.runs.rollouts import (
+    PlaySettings,
+    check_model,
+    engine_on,
+    opened_service,
+    opening_search,
+    worker_spec,
+)
 from searchr1_async.runs.weights import EpisodeChoice
 from searchr1_async.service.connection import is_embedded, is_tinker_cloud
 from searchr1_async.service.opening import billing_on
@@ -129,7 +136,6 @@ async def _run(
         point = point.given(identity["inputs"])
     started = partial(_started, job, identity, point)
     with control.interruptible():
-        await open_search(job.search, emit)
         async with _opened(job, config, order, control, emit, is_new=point is None, started=started) as session:
             return await _Phases(session, Recorder(session, identity, point)).run()
     return await anyio.to_thread.run_sync(result_of, job.out_dir, point, "stopped")
@@ -176,6 +182,7 @@ async def _opened(
 ) -> AsyncIterator[Session]:
     """Opens the search, the Tinker service and the rollout engine, and keeps in the folder what they were opened from.
 
+    The search may still be opening in the block: an untrained model seldom searches, so it is evaluated while the index is built.
     The engine pauses with the run (:meth:`RunControl.holding`), which pauses while the service is silent.
     """
     play = PlaySettings(
@@ -192,7 +199,7 @@ async def _opened(
         keep_config(config, job.out_dir)
 
     async with (
-        job.search,
+        opening_search(job.search, emit),
         opened_service(job.service_choice, job.out_dir / "service", emit, trains=True) as service,
     ):
         watch = service.watch
@@ -269,6 +276,7 @@ class _Phases:
                     newest.current = TinkerPolicy(await learner.published(), 0, job.config.sampling)
                 if job.config.warm_up is not None and recorder.point is not None and recorder.point.step == 0:
                     await measure(AFTER_WARM_UP, newest.current)
+                await job.search.opened()  # before the clock of ``time_limit`` runs
                 ended = await TrainingLoop(self._session, learner, newest, recorder, self._measuring).run()
                 if not control.stop_requested:
                     await measure(AFTER_RL, newest.current)
@@ -336,7 +344,15 @@ class _Phases:
 
     async def _warm_up(self, learner: Learner, warm_up: WarmUp) -> None:
         """Supervised steps on demonstrations, from where an earlier session stopped; the learning rate falls linearly to a tenth."""
-        job, recorder, began = self._job, self._recorder, anyio.current_time()
+        job, recorder = self._job, self._recorder
+
+        async def save(done: int) -> None:
+            # A new name, since the previous state is valid until then.
+            saved = await learner.save(f"warm-up-{done:04d}", keep=False)
+            await recorder.save_start(saved.state_path, learner.loss, warm_up=done)
+
+        if recorder.point is None:
+            await save(0)  # so that the evaluation of the untrained model counts, also while the search still opens
         batches = await warm_up_batches(
             job.demonstrations,
             job.questions,
@@ -345,15 +361,8 @@ class _Phases:
             search=job.search.search,
             emit=self._emit,
         )
-
-        async def save(done: int) -> None:
-            # A new name, since the previous state is valid until then.
-            saved = await learner.save(f"warm-up-{done:04d}", keep=False)
-            await recorder.save_start(saved.state_path, learner.loss, warm_up=done)
-
-        if recorder.point is None:
-            await save(0)  # so that the evaluation of the untrained model counts
         first = (recorder.point and recorder.point.warm_up) or 0
+        began = anyio.current_time()
         self._emit(PhaseStarted("warm-up", len(batches), "steps"))
         if first:
             self._emit(Notice(f"the warm-up continues after step {first} of {len(batches)}"))

@@ -71,10 +71,18 @@ class Phase:
             return 0.0
         known: list[float] = []
         (then, before), (latest, done) = self._history[0], self._history[-1]
-        if done > before and latest > then:
-            known.append((self.event.total - done) * (latest - then) / (done - before) - (now - latest))
+        has_pace = done > before and latest > then
+
+        def until(units: int) -> float:
+            return (units - done) * (latest - then) / (done - before) - (now - latest)
+
+        if has_pace:
+            known.append(until(self.event.total))
         if self.event.seconds_at_most is not None:
-            known.append(self.started + self.event.seconds_at_most - now)
+            limit = self.started + self.event.seconds_at_most - now
+            if has_pace:
+                limit = max(limit, until(self.event.at_least))
+            known.append(limit)
         return max(0.0, min(known)) if known else None
 
     @property

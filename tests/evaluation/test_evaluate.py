@@ -180,7 +180,7 @@ async def test_nothing_is_opened_where_nothing_is_left_and_changes_are_refused_b
 
     for owner, name in (
         (running, "open_stages"), (playing_, "opened_service"), (playing_, "judge_samples"), (playing_, "open_stages"),
-        (playing_, "open_search"),
+        (playing_, "opening_search"),
     ):  # fmt: skip
         monkeypatch.setattr(owner, name, refuse)
     again = await evaluate(suites(), search, resume=True, **tiny_world.given(sr.EvalConfig, options))

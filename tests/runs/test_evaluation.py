@@ -35,6 +35,7 @@ def test_figures_of_one_sample_a_question() -> None:
     assert found.failed == 0
     assert "untrained" in repr(found)
     assert len(repr(found)) < 200
+    assert str(found) == "exact match 25.0% [4.6, 69.9] on 4 questions"
 
 
 def test_several_samples_count_each_question_once_and_give_a_wider_interval() -> None:
@@ -54,6 +55,7 @@ def test_failed_episodes_are_counted_and_otherwise_left_out() -> None:
     bad = episode(question("q2"), stop_reason=StopReason.FAILED, turns=())
     found = Evaluation.of("x", (good, bad))
     assert (found.failed, found.questions, found.exact_match, found.turns_per_episode) == (1, 2, 1.0, 2.0)
+    assert str(found).endswith("on 2 questions, 1 failed")
 
 
 def test_figures_of_nothing_are_nan() -> None:

@@ -142,3 +142,29 @@ async def test_a_computation_that_fails_is_an_embedding_error(
     assert "angola" not in str(caught.value) + caplog.text
     np.testing.assert_array_equal(await embedder.embed_queries(TEXTS), expected)
     await embedder.aclose()
+
+
+async def test_a_few_queries_are_embedded_by_one_thread(bare_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a busy service several threads would wait for each other; many texts are worth it."""
+    from sentence_transformers import SentenceTransformer
+
+    threads: list[int] = []
+    encode = SentenceTransformer.encode
+
+    def observed(self: Any, texts: list[str], **options: Any) -> Any:
+        threads.append(torch.get_num_threads())
+        return encode(self, texts, **options)
+
+    monkeypatch.setattr(SentenceTransformer, "encode", observed)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    embedder = SentenceTransformerEmbedder(bare_folder, device="cpu")
+    try:
+        await embedder.open()
+        await embedder.embed_queries(TEXTS)
+        await embedder.embed_passages(["luanda lies on the coast " * 5_000] * 12)
+        await embedder.embed_queries(TEXTS[:1])
+    finally:
+        await embedder.aclose()
+        torch.set_num_threads(before)
+    assert threads[1:] == [1, 3, 1]

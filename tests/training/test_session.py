@@ -251,6 +251,13 @@ async def test_a_stopped_warm_up_resumes(start: Callable[..., sr.Run], tmp_path:
     assert weights[0] != await logprobs_of(None, range(4, 60))
 
 
+async def test_a_time_limit_does_not_prevent_the_least_steps(start: Callable[..., sr.Run]) -> None:
+    result = await start(steps=4, time_limit=1e-3, min_steps=2)
+    assert (result.steps, result.reason) == (2, "time_limit")
+    result = await start(steps=4, time_limit=1e-3, min_steps=3, resume=True)
+    assert (result.steps, result.reason) == (3, "time_limit")
+
+
 @pytest.mark.slow
 async def test_the_weights_of_an_attempt_without_a_resume_point_are_deleted(
     start: Callable[..., sr.Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

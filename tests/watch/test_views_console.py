@@ -214,6 +214,15 @@ def test_time_limit_bounds_the_time_left() -> None:
     assert (bounded.seconds_left(100.0) or 0) < 60
 
 
+def test_time_left_includes_the_steps_that_a_time_limit_does_not_prevent() -> None:
+    bounded = Phase(PhaseStarted("train", 40, "steps", seconds_at_most=300.0, at_least=8), 0.0)
+    assert bounded.seconds_left(10.0) == 290.0
+    bounded.advance(1, 60.0)
+    assert bounded.seconds_left(60.0) == 7 * 60
+    bounded.advance(8, 480.0)
+    assert bounded.seconds_left(480.0) == 0.0
+
+
 @pytest.mark.parametrize(
     "events",
     [
