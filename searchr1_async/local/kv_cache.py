@@ -105,7 +105,9 @@ class _Pool:
         self._memory = None
         if not slots or self._like.device.type != "cpu":
             return self._like.new_zeros(sizes)
-        self._memory = mmap.mmap(-1, math.prod(sizes) * self._like.element_size())
+        # Private where there is a choice: pages of shared memory cannot be given back.
+        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+        self._memory = mmap.mmap(-1, math.prod(sizes) * self._like.element_size(), **private)
         return torch.frombuffer(self._memory, dtype=self._like.dtype).view(sizes)
 
     def give_back(self) -> None:
@@ -203,6 +205,10 @@ class KvCache:
         """Drops all parked slots and gives their memory back."""
         for slot in [slot for slot in self._slots() if not slot.running]:
             slot.pool.remove(slot)
+        self.give_back()
+
+    def give_back(self) -> None:
+        """Returns the memory of unused slots to the system."""
         for pool in self._pools.values():
             pool.give_back()
 

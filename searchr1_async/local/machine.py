@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import time
@@ -21,7 +22,7 @@ _MOST_ROWS = {"cpu": 1024}
 """Tokens of a training micro-batch: on a CPU more are no faster, only larger."""
 _MOST_ROWS_ELSEWHERE = 4096
 _LEAST_ROWS = 64
-_MOST_ENDED = 512 << 20
+_MOST_ENDED = 256 << 20
 """Bytes for sequences that have ended. Only a conversation that goes on needs them, so more would seldom be read again."""
 _LOW = 0.04
 """Memory is short when less than this share of the machine's is available."""
@@ -78,6 +79,13 @@ def memory_is_short() -> bool:
     """Whether the machine has almost no memory left."""
     memory = psutil.virtual_memory()
     return memory.available < _LOW * memory.total
+
+
+def trim_heap() -> None:
+    """Returns freed memory to the system, where the C library can: glibc keeps a gigabyte and more after a training call."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def threads_for(most: int, cores: float, others: float) -> int:

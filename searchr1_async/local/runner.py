@@ -60,6 +60,10 @@ class Runner(Protocol):
         """Drops what is cached of sequences that have ended."""
         ...
 
+    def give_back(self) -> None:
+        """Returns memory that it does not use to the system."""
+        ...
+
     def cached(self, owner: Owner, prompt: Int32Array) -> int:
         """Number of cached tokens of ``prompt``."""
         ...
@@ -104,6 +108,9 @@ class LeanRunner:
 
     def shrink(self) -> None:
         self._cache.shrink()
+
+    def give_back(self) -> None:
+        self._cache.give_back()
 
     def cached(self, owner: Owner, prompt: Int32Array) -> int:
         # The last token always runs: its logits are needed.

@@ -28,7 +28,7 @@ from searchr1_async.local.backend import (
     UserFault,
 )
 from searchr1_async.local.lora import LoraAdapter, LoraLayout, LoraWeights
-from searchr1_async.local.machine import CoreWatch, memory_is_short, threads_for
+from searchr1_async.local.machine import CoreWatch, memory_is_short, threads_for, trim_heap
 from searchr1_async.local.model_files import resolve_model
 from searchr1_async.local.runner import Owner
 from searchr1_async.local.sampler import Sampler, settle
@@ -252,6 +252,9 @@ class TorchBackend:
             return
         except StopIteration as end:
             settle(future, result=end.value)
+            if isinstance(end.value, ForwardBackwardResult):
+                self._engine.runner.give_back()
+                trim_heap()
         except Exception as error:
             if not isinstance(error, UserFault):
                 logger.exception("A call on an adapter failed")

@@ -196,6 +196,9 @@ class GenericRunner:
     def shrink(self) -> None:
         """It caches nothing."""
 
+    def give_back(self) -> None:
+        """It holds nothing."""
+
     def cached(self, owner: Owner, prompt: Int32Array) -> int:
         return 0
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import gc
+import mmap
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -116,6 +118,26 @@ def test_a_kept_source_outlives_the_slot_that_copies_it() -> None:
     torch.testing.assert_close(cache.read(source), kv_of(tokens))
     cache.open(None, np.arange(9, dtype=np.int32))
     assert cache.find(None, tokens)[0] is not source
+
+
+def test_a_machine_that_is_short_of_memory_gets_back_all_but_the_running_sequences() -> None:
+    """At a head size at which a slot fills pages of memory."""
+    shape = replace(SHAPE, kv_heads=4, head_size=64)
+    cache, tokens = KvCache(shape, torch.empty(0), 1 << 30), np.arange(100, dtype=np.int32)
+    kv = kv_of(tokens).expand(2, 2, -1, 4, 2).repeat(1, 1, 1, 1, 32)
+    slots = [cache.open(None, tokens + number) for number in range(3)]
+    for slot in slots:
+        cache.fill(slot, 0, kv)
+    cache.park(slots[0], tokens)
+    cache.park(slots[1], tokens)
+    pool = slots[2].pool
+
+    cache.shrink()
+
+    assert cache.batch_order() == [slots[2]]
+    torch.testing.assert_close(cache.read(slots[2]), kv)
+    if hasattr(mmap, "MADV_DONTNEED"):
+        assert not pool.kv[:, :, 1:].any()
 
 
 @pytest.mark.parametrize("length", [5, 127, 128, 300])
