@@ -54,8 +54,8 @@ BENCHMARKS = (
     ),
     Benchmark(
         "lean_transformer",
-        "Is the embedded service's own transformer worth its lines, beside transformers + peft?",
-        "5",
+        "Is the embedded service's own transformer worth its lines, beside transformers + peft and llama.cpp?",
+        "~20",
     ),
     Benchmark("export", "Do exported weights give the service's log-probabilities?", "~5"),
     Benchmark("atlas_seeds", "Does RL beat the warm-up in `make run`, over several seeds?", "35"),
