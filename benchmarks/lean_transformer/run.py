@@ -212,7 +212,7 @@ class LlamaCpp:
     """llama.cpp by its C interface: requests are the sequences of one batch, and begin as copies of the common prefix.
 
     Keys and values are float32, without flash attention: either of the library's defaults (float16, flash attention where it can)
-    moves log-probabilities by up to 0.02. The service's own sampler chooses the tokens, since it would do so in the service too.
+    moves log-probabilities by up to 0.024. The service's own sampler chooses the tokens, since it would do so in the service too.
     """
 
     def __init__(self, model: str) -> None:
