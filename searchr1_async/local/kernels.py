@@ -83,42 +83,67 @@ def attend(
     places_R: Integers,
     out_RN: Floats,
     first: int,
+    share: tuple[int, int],
 ) -> None:
-    """Attention after :func:`rotate_and_store`: each row to its slot up to itself; ``out`` [rows, H · S]."""
+    """Attention after :func:`rotate_and_store`: each row to its slot up to itself; ``out`` [rows, H · S].
+
+    ``share`` (i, n): only the i-th of n equal shares of the rows and key heads, so that n threads can work at once.
+    """
     keys, values = keys_values
     _, key_heads, capacity, size = keys.shape
     group = out_RN.shape[1] // size // key_heads
     scores = np.empty((group, capacity), np.float32)
-    for r in range(len(slots_R)):
+    number, shares = share
+    items = len(slots_R) * key_heads
+    for item in range(items * number // shares, items * (number + 1) // shares):
+        r, head = item // key_heads, item % key_heads
         row, seen = first + r, places_R[r] + 1
-        for head in range(key_heads):
-            columns = slice(head * group * size, (head + 1) * group * size)
-            queries = qkv_RX[row, columns].reshape(group, size)
-            outputs = out_RN[row, columns].reshape(group, size)
-            known, held = keys[slots_R[r], head, :seen], values[slots_R[r], head, :seen]
-            for t in range(seen):
-                for g in range(group):
-                    scores[g, t] = _dot(queries[g], known[t])
-            outputs[:] = np.float32(0.0)
-            for g in range(group):
-                _softmax(scores[g, :seen], np.float32(1.0 / np.sqrt(size)))
-            for t in range(seen):
-                for g in range(group):
-                    _add_times(outputs[g], scores[g, t], held[t])
+        columns = slice(head * group * size, (head + 1) * group * size)
+        queries = qkv_RX[row, columns].reshape(group, size)
+        outputs = out_RN[row, columns].reshape(group, size)
+        for g in range(group):
+            _score(queries[g], keys[slots_R[r], head], scores[g, :seen])
+            _softmax(scores[g, :seen], np.float32(1.0 / np.sqrt(size)))
+        _mix(scores[:, :seen], values[slots_R[r], head], outputs)
 
 
 @njit(**_OPTIONS)
-def _dot(a: Floats, b: Floats) -> np.float32:
-    total = np.float32(0.0)
-    for i in range(len(a)):
-        total += a[i] * b[i]
-    return total
+def _score(query_S: Floats, keys_TS: Floats, scores_T: Floats) -> None:
+    """The query's product with each of the first T keys. Four at a time: each load of the query serves four."""
+    size, seen = len(query_S), len(scores_T)
+    for t in range(0, seen - 3, 4):
+        a = b = c = d = np.float32(0.0)
+        for i in range(size):
+            q = query_S[i]
+            a += q * keys_TS[t, i]
+            b += q * keys_TS[t + 1, i]
+            c += q * keys_TS[t + 2, i]
+            d += q * keys_TS[t + 3, i]
+        scores_T[t], scores_T[t + 1], scores_T[t + 2], scores_T[t + 3] = a, b, c, d
+    for t in range(seen // 4 * 4, seen):
+        a = np.float32(0.0)
+        for i in range(size):
+            a += query_S[i] * keys_TS[t, i]
+        scores_T[t] = a
 
 
 @njit(**_OPTIONS)
-def _add_times(sum: Floats, factor: np.float32, values: Floats) -> None:
-    for i in range(len(sum)):
-        sum[i] += factor * values[i]
+def _mix(weights_GT: Floats, values_TS: Floats, out_GS: Floats) -> None:
+    """The first T values, weighted and added. Four at a time, for the same reason."""
+    group, seen = weights_GT.shape
+    size = out_GS.shape[1]
+    out_GS[:] = np.float32(0.0)
+    for t in range(0, seen - 3, 4):
+        for g in range(group):
+            a, b, c, d = weights_GT[g, t], weights_GT[g, t + 1], weights_GT[g, t + 2], weights_GT[g, t + 3]
+            for i in range(size):
+                out_GS[g, i] += (
+                    a * values_TS[t, i] + b * values_TS[t + 1, i] + c * values_TS[t + 2, i] + d * values_TS[t + 3, i]
+                )
+    for t in range(seen // 4 * 4, seen):
+        for g in range(group):
+            for i in range(size):
+                out_GS[g, i] += weights_GT[g, t] * values_TS[t, i]
 
 
 @njit(**_OPTIONS)

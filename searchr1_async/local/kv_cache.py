@@ -25,6 +25,8 @@ from searchr1_async.local.transformer import Shape
 
 _SMALLEST_CAPACITY = 128
 _MOST_SLOTS_AT_FIRST = 128
+_ROOM = 128
+"""Tokens that a sequence has room for after its prompt. Most end within it; a longer one moves, which takes some milliseconds."""
 
 
 @dataclass(eq=False, slots=True)
@@ -173,9 +175,9 @@ class KvCache:
         return best, length
 
     def open(self, owner: Hashable | None, prompt: Int32Array, keep: Collection[Slot] = ()) -> Slot:
-        """An empty running slot with room for the prompt and a token; drops parked ones for it, but none of ``keep``."""
+        """An empty running slot for the prompt and what follows; drops parked ones for it, but none of ``keep``."""
         self._drop_parked(len(prompt), keep)
-        pool = self._pool_for(len(prompt) + 1)
+        pool = self._pool_for(min(len(prompt) + _ROOM, self._shape.context))
         reference = None if owner is None else weakref.ref(owner)
         slot = Slot(pool, len(pool.slots), prompt, reference, next(self._clock))
         pool.add(slot)
@@ -314,10 +316,6 @@ class DecodeAttention:
             keys, values = part.pool.kv[:, layer]
             keys[part.index, :, part.places] = key.reshape(-1, self._tokens, heads, size)
             values[part.index, :, part.places] = value.reshape(-1, self._tokens, heads, size)
-        return self.attend(layer, q)
-
-    def attend(self, layer: int, q: Tensor) -> Tensor:
-        """Where the new keys and values are stored already: ``q`` [rows, heads, size] to [rows, heads · size]."""
         outputs = [self._attend(layer, part, rows) for part, rows in zip(self._parts, q.split(self._rows), strict=True)]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 

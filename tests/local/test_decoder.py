@@ -36,14 +36,14 @@ def model_of(folder: Path, **config: Any) -> LeanTransformer:
 
 @pytest.mark.parametrize("config", [{}, {"config_class": Qwen2Config}], ids=["llama", "biased"])
 @pytest.mark.parametrize("sequences", [1, 3, 20])
-@pytest.mark.parametrize("in_torch", [False, True])
+@pytest.mark.parametrize("threads", [1, 2])
 @torch.no_grad()
 def test_logits_are_those_of_the_whole_sequences(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], sequences: int, in_torch: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], sequences: int, threads: int
 ) -> None:
     """Sequences of unlike lengths in two pools, two tokens at once."""
-    if in_torch:
-        monkeypatch.setattr(decoder, "_MOST_ATTENDED", 0)
+    monkeypatch.setattr(decoder, "_MOST_ATTENDED_ALONE", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     model, random = model_of(tmp_path, **config), np.random.default_rng(0)
     whole = [random.integers(3, 400, 20 + 17 * number % 150).astype(np.int32) for number in range(sequences)]
     cache, count = KvCache(model.shape, model.embedding, 1 << 30), 2
