@@ -409,7 +409,8 @@ class LocalOptions(Checked):
     threads: Count | None = None
     """CPU threads of the model; None: all cores."""
     dtype: str = "auto"
-    """``float32``, ``bfloat16`` or ``auto``: bfloat16 where the machine runs it fast."""
+    """``float32``, ``bfloat16`` or ``auto``: bfloat16 on a GPU that has it, else float32. On a CPU with AMX or AVX-512 BF16 ``bfloat16``
+    trains half as fast again and takes less memory, but sampler and trainer differ by up to 0.07 nats a token instead of 0.0001."""
     device: str = "auto"
     """``cpu``, ``cuda``, ``mps`` or ``auto``."""
     start_timeout: Seconds = 180.0

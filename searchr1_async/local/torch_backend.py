@@ -98,7 +98,7 @@ class TorchBackend:
         Args:
             model: a folder, or a name (see :func:`~searchr1_async.local.model_files.resolve_model`).
             threads: compute threads; None is torch's default, one per core.
-            dtype: ``float32``, ``bfloat16``, or ``auto``: bfloat16 where the hardware multiplies it faster.
+            dtype: ``float32``, ``bfloat16``, or ``auto``: bfloat16 on a GPU that has it, else float32.
             device: ``cpu``, ``cuda``, ``mps``, or ``auto``: the first accelerator found.
             memory_bytes: what the service may take in all; None: a quarter of the machine's memory, or 90 % of the GPU's.
             max_batch: maximum sequences sampled at once.
