@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -261,20 +261,31 @@ class LoraLinear(torch.autograd.Function):
     """A frozen linear with low-rank updates, for training.
 
     Projections of the same input share one frozen product and one product with their stacked A's; the B's apply per block.
+    With ``before``, the input ``x`` is ``before(source)``, computed once more in the backward pass instead of being kept.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, linear: FrozenLinear, scale: float, a: Tensor, *b: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        source: Tensor,
+        before: Callable[[Tensor], Tensor] | None,
+        linear: FrozenLinear,
+        scale: float,
+        a: Tensor,
+        *b: Tensor,
+    ) -> Tensor:
         y = linear.forward(x)
         z = x @ a.to(x.dtype).t()
         add_low_rank(y, z, b, scale)
-        ctx.save_for_backward(x, z, a, *b)
-        ctx.linear, ctx.scale = linear, scale
+        ctx.save_for_backward(source if before else x, z, a, *b)
+        ctx.before, ctx.linear, ctx.scale = before, linear, scale
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, z, a, *b = ctx.saved_tensors
+        source, z, a, *b = ctx.saved_tensors
+        x = ctx.before(source) if ctx.before else source
         rank, column = b[0].shape[1], 0
         dz = torch.empty_like(z)
         db: list[Tensor | None] = []
@@ -288,7 +299,7 @@ class LoraLinear(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             dx = ctx.linear.backward(dy).addmm_(dz, a.to(dz.dtype))
-        return dx, None, None, (dz.t() @ x).to(a.dtype), *db
+        return dx, None, None, None, None, (dz.t() @ x).to(a.dtype), *db
 
 
 class InputGradLinear(torch.autograd.Function):

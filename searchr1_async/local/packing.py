@@ -167,7 +167,8 @@ class TreeAttention:
         for start, stop in (*segment.context, (segment.start, segment.stop)):
             piece = pieces[self._index[start]]
             parts.append(piece if len(piece) == stop - start else piece[: stop - start])
-        tokens = parts[0] if len(parts) == 1 else torch.cat(parts)
+        # Training keeps what is attended to. A view would keep the keys and values of all segments, queries included.
+        tokens = parts[0] if len(parts) == 1 and not parts[0].requires_grad else torch.cat(parts)
         return tokens.transpose(0, 1).unsqueeze(0)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

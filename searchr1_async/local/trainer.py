@@ -288,24 +288,26 @@ class _Head:
         if loss.inputs.is_sequential:
             # Separate pass: a token's term needs its whole sequence, which spans several chunks.
             for piece in pieces:
-                log_softmax = torch.log_softmax(self._logits(self._hidden[piece.rows])[0], -1)
+                log_softmax, _ = self._log_softmax(self._hidden[piece.rows])
                 result[piece.tokens] = log_softmax[piece.pair_rows, piece.targets][piece.pair_of_token]
             loss_inputs = with_sequence_ratio(loss_inputs, result, table.lengths)
         for piece in pieces:
-            states = self._hidden[piece.rows]
-            logits, z = self._logits(states)
-            # One fused pass over the logits; logsumexp plus a later softmax would take six.
-            log_softmax = torch.log_softmax(logits, -1)
-            pair_logprobs = log_softmax[piece.pair_rows, piece.targets]
-            logprobs = pair_logprobs[piece.pair_of_token]
-            result[piece.tokens] = logprobs
             inputs = {name: values[piece.tokens] for name, values in loss_inputs.items()}
-            value, slope = slope_of(logprobs, inputs, loss, config)
+            result[piece.tokens], value = self._run_piece(piece, inputs, loss, config)
             total += value
-            if piece.has_gradient:
-                pair_slope = torch.zeros_like(pair_logprobs).index_add_(0, piece.pair_of_token, slope)
-                self._backward(piece, states, log_softmax, z, pair_slope)
         return result.cpu().numpy(), total
+
+    def _run_piece(self, piece: _Piece, inputs: TokenInputs, loss: Loss, config: Thresholds) -> tuple[Tensor, float]:
+        """Log-probability per token of the piece, and their summed loss; leaves no logits behind."""
+        states = self._hidden[piece.rows]
+        log_softmax, z = self._log_softmax(states)
+        pair_logprobs = log_softmax[piece.pair_rows, piece.targets]
+        logprobs = pair_logprobs[piece.pair_of_token]
+        value, slope = slope_of(logprobs, inputs, loss, config)
+        if piece.has_gradient:
+            pair_slope = torch.zeros_like(pair_logprobs).index_add_(0, piece.pair_of_token, slope)
+            self._backward(piece, states, log_softmax, z, pair_slope)
+        return logprobs, value
 
     def _pieces(self, table: _TokenTable) -> Iterator[_Piece]:
         device = self._hidden.device
@@ -332,13 +334,15 @@ class _Head:
                 has_gradient=start < with_gradient,
             )
 
-    def _logits(self, states: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _log_softmax(self, states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of the logits, [rows, vocabulary], and the states times the head's A, if it has an update."""
         logits = self._head.forward(states)
         z = None
         if self._site is not None:
             z = states @ self._site.a.to(states.dtype).t()
             add_low_rank(logits, z, self._site.b, self._scale)
-        return logits.float(), z
+        # One fused pass over the logits; logsumexp plus a later softmax would take six.
+        return torch.log_softmax(logits.float(), -1), z
 
     def _backward(
         self, piece: _Piece, states: Tensor, log_softmax: Tensor, z: Tensor | None, pair_slope: Tensor

@@ -10,6 +10,7 @@ import json
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,9 +52,13 @@ class Shape:
         return 2 * self.layers * self.kv_heads * self.head_size * dtype.itemsize
 
     def activation_bytes(self, dtype: torch.dtype) -> int:
-        """What training keeps of one token for the backward pass: of each layer about the inputs and outputs of its operations."""
-        attention = (self.heads + 2 * self.kv_heads) * self.head_size
-        return self.layers * (6 * self.hidden + 2 * attention + 3 * self.middle) * dtype.itemsize
+        """What training keeps of one token for the backward pass.
+
+        Of each layer: the two inputs of its norms, the gate and the up projection, the queries and the attention's output (twice),
+        the keys and values, which each sequence of a group has with its own copy of the common prefix.
+        """
+        attention = (3 * self.heads + 4 * self.kv_heads) * self.head_size
+        return self.layers * (2 * self.hidden + attention + 2 * self.middle) * dtype.itemsize
 
 
 class Attention(Protocol):
@@ -185,7 +190,8 @@ class LeanTransformer:
         x = self.embedding[tokens]
         rotated = shape.heads + shape.kv_heads
         for i, layer in enumerate(self.layers):
-            qkv = self._linear(rms_norm(x, layer.attention_norm, self.eps), layer.qkv, f"{i}.qkv", lora)
+            norm = partial(rms_norm, weight=layer.attention_norm, eps=self.eps)
+            qkv = self._linear(x, layer.qkv, f"{i}.qkv", lora, before=norm)
             qkv = qkv.view(len(x), rotated + shape.kv_heads, shape.head_size)
             q, k, v = qkv.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
             if layer.q_norm is not None and layer.k_norm is not None:
@@ -194,8 +200,9 @@ class LeanTransformer:
             else:
                 q, k = rotary(qkv[:, :rotated], cos, sin).split([shape.heads, shape.kv_heads], dim=1)
             x = x + self._linear(attention(i, q, k, v), layer.output, f"{i}.output", lora)
-            middle = swiglu(self._linear(rms_norm(x, layer.mlp_norm, self.eps), layer.gate_up, f"{i}.gate_up", lora))
-            x = x + self._linear(middle, layer.down, f"{i}.down", lora)
+            norm = partial(rms_norm, weight=layer.mlp_norm, eps=self.eps)
+            gate_up = self._linear(x, layer.gate_up, f"{i}.gate_up", lora, before=norm)
+            x = x + self._linear(gate_up, layer.down, f"{i}.down", lora, before=swiglu)
         return rms_norm(x, self.norm, self.eps)
 
     @torch.no_grad()
@@ -232,13 +239,24 @@ class LeanTransformer:
             yield f"{i}.down", layer.down
         yield "head", self.head
 
-    def _linear(self, x: Tensor, linear: FrozenLinear, key: str, lora: Sequence[LoraRows]) -> Tensor:
-        """One frozen product over all rows, plus each adapter's low-rank update on its rows."""
+    def _linear(
+        self,
+        source: Tensor,
+        linear: FrozenLinear,
+        key: str,
+        lora: Sequence[LoraRows],
+        before: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """One frozen product over all rows, plus each adapter's low-rank update on its rows.
+
+        With ``before``, a function that takes little time, the input is ``before(source)``: training does not keep it.
+        """
+        x = before(source) if before else source
         if torch.is_grad_enabled() and isinstance(lora[0].weights, LoraAdapter):
             site = lora[0].weights.sites.get(key)
             if site is None:
                 return InputGradLinear.apply(x, linear) if x.requires_grad else linear.forward(x)  # type: ignore[return-value]
-            return LoraLinear.apply(x, linear, lora[0].weights.scale, site.a, *site.b)  # type: ignore[return-value]
+            return LoraLinear.apply(x, source, before, linear, lora[0].weights.scale, site.a, *site.b)  # type: ignore[return-value]
         if len(lora) == 1 and lora[0].rows is None and lora[0].weights is self._packed_adapter():
             return linear.forward_packed(x)
         y = linear.forward_packed(x) if self._base_is_packed else linear.forward(x)

@@ -177,7 +177,14 @@ def test_the_gradients_of_a_fused_linear_with_updates_are_right() -> None:
     linear = FrozenLinear(torch.randn(7, 5, dtype=torch.float64))
     x, a, b1, b2 = _double(3, 5), _double(4, 5), _double(4, 2), _double(3, 2)
 
-    assert torch.autograd.gradcheck(lambda *t: LoraLinear.apply(t[0], linear, 1.5, *t[1:]), (x, a, b1, b2))
+    def kept(x: Tensor, *updates: Tensor) -> Tensor:
+        return LoraLinear.apply(x, x, None, linear, 1.5, *updates)  # type: ignore[return-value]
+
+    def computed_again(x: Tensor, *updates: Tensor) -> Tensor:
+        return LoraLinear.apply(x.tanh(), x, torch.tanh, linear, 1.5, *updates)  # type: ignore[return-value]
+
+    assert torch.autograd.gradcheck(kept, (x, a, b1, b2))
+    assert torch.autograd.gradcheck(computed_again, (x, a, b1, b2))
     assert torch.autograd.gradcheck(lambda t: InputGradLinear.apply(t, linear), (x,))
 
 
@@ -185,7 +192,7 @@ def test_updates_act_on_their_own_outputs() -> None:
     weight, x = torch.randn(7, 5), torch.randn(3, 5)
     a, b1, b2 = torch.randn(4, 5), torch.randn(4, 2), torch.randn(3, 2)
 
-    y = LoraLinear.apply(x, FrozenLinear(weight), 0.5, a, b1, b2)
+    y = LoraLinear.apply(x, x, None, FrozenLinear(weight), 0.5, a, b1, b2)
 
     merged = weight + 0.5 * torch.cat([b1 @ a[:2], b2 @ a[2:]])
     torch.testing.assert_close(y, functional.linear(x, merged))
