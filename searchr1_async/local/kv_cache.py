@@ -25,6 +25,8 @@ from searchr1_async.local.transformer import Shape
 
 _SMALLEST_CAPACITY = 128
 _MOST_SLOTS_AT_FIRST = 128
+_UNUSED_BYTES = 2 << 30
+"""Size of a new pool on a CPU, where slots take no memory before they are used: a pool that grows is copied."""
 _ROOM = 128
 """Tokens that a sequence has room for after its prompt. Most end within it; a longer one moves, which takes some milliseconds."""
 
@@ -214,6 +216,11 @@ class KvCache:
         for pool in self._pools.values():
             pool.give_back()
 
+    def empty(self, tokens: int) -> Tensor:
+        """Room for the keys and values of so many tokens, [2, layers, tokens, kv_heads, size], outside of any slot."""
+        shape = self._shape
+        return self._like.new_empty(2, shape.layers, tokens, shape.kv_heads, shape.head_size)
+
     def fill(self, slot: Slot, start: int, kv: Tensor) -> None:
         """Writes ``kv`` [2, layers, tokens, kv_heads, size] from token ``start`` on."""
         stop = start + kv.shape[2]
@@ -279,7 +286,8 @@ class KvCache:
             capacity *= 2
         pool = self._pools.get(capacity)
         if pool is None:
-            first_slots = min(max(4, self.capacity // capacity), _MOST_SLOTS_AT_FIRST)
+            unused = _UNUSED_BYTES // self.bytes_per_token if self._like.device.type == "cpu" else 0
+            first_slots = min(max(4, max(self.capacity, unused) // capacity), _MOST_SLOTS_AT_FIRST)
             pool = self._pools[capacity] = _Pool(self._shape, capacity, self._like, first_slots)
         return pool
 

@@ -134,11 +134,11 @@ class TreeAttention:
     """Each segment attends to its cached past, its preceding rows, and causally to itself."""
 
     def __init__(
-        self, packed: Packed, shape: Shape, *, past: Mapping[int, Tensor] | None = None, keep: bool = False
+        self, packed: Packed, shape: Shape, *, past: Mapping[int, Tensor] | None = None, keep: Tensor | None = None
     ) -> None:
         """``past[i]`` [2, layers, tokens, kv_heads, size]: cached keys and values of sequence i.
 
-        ``keep`` collects every layer's keys and values in :attr:`kept`, each [rows, kv_heads, size].
+        Those of every row are written to ``keep`` [2, layers, rows, kv_heads, size].
         """
         self._segments = packed.segments
         self._lengths = [segment.stop - segment.start for segment in packed.segments]
@@ -147,11 +147,11 @@ class TreeAttention:
         self._groups = shape.heads // shape.kv_heads
         self._kv_heads = shape.kv_heads
         self._masks: dict[tuple[int, int, torch.dtype], Tensor] = {}
-        self.kept: list[tuple[Tensor, Tensor]] | None = [] if keep else None
+        self._keep = keep
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.kept is not None:
-            self.kept.append((k, v))
+        if self._keep is not None:
+            self._keep[0, layer], self._keep[1, layer] = k, v
         keys, values = k.split(self._lengths), v.split(self._lengths)
         outputs = [
             self._attend(queries, self._context(segment, layer, 0, keys), self._context(segment, layer, 1, values))

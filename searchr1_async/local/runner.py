@@ -126,14 +126,13 @@ class LeanRunner:
         pasts = {path.past for path in packed.paths if path.past is not None}
         sources = {index: slot for index, (slot, _) in enumerate(found) if index in pasts and slot is not None}
         past = {index: self._cache.read(slot) for index, slot in sources.items()}
-        attention = TreeAttention(packed, self._model.shape, past=past, keep=True)
+        kv = self._cache.empty(len(packed.tokens))
+        attention = TreeAttention(packed, self._model.shape, past=past, keep=kv)
         device = self._model.device
         lora = _lora_rows([owner])
         hidden = self._model.hidden(
             torch.from_numpy(packed.tokens).to(device), torch.from_numpy(packed.positions).to(device), attention, lora
         )
-        assert attention.kept is not None
-        kv = torch.stack([torch.stack([layer[which] for layer in attention.kept]) for which in (0, 1)])
         rows = [path.rows() for path in packed.paths]
         logits = self._model.logits(hidden[torch.tensor([int(row[-1]) for row in rows], device=device)], lora)
         results, opened = [], []

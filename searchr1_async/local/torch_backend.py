@@ -38,7 +38,7 @@ from searchr1_async.local.trainer import adam_step, forward_backward
 logger = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 1.0
-"""How often it is looked what other processes leave of the machine."""
+"""How often it is looked what other processes leave of the machine, and memory given back that is not used."""
 SAMPLING_QUANTUM_SECONDS = 1.0
 """How long sampling may run while a training micro-batch waits."""
 
@@ -216,6 +216,7 @@ class TorchBackend:
             if time.monotonic() >= next_look:
                 next_look = time.monotonic() + _LOOK_SECONDS
                 torch.set_num_threads(threads_for(most_threads, cores.cores, cores.others()))
+                self._engine.runner.give_back()
                 if memory_is_short():
                     logger.warning("The machine is short of memory: dropped what was cached of ended sequences")
                     self._engine.runner.shrink()
@@ -253,7 +254,6 @@ class TorchBackend:
         except StopIteration as end:
             settle(future, result=end.value)
             if isinstance(end.value, ForwardBackwardResult):
-                self._engine.runner.give_back()
                 trim_heap()
         except Exception as error:
             if not isinstance(error, UserFault):

@@ -48,10 +48,10 @@ def test_logits_are_those_of_the_whole_sequences(
     whole = [random.integers(3, 400, 20 + 17 * number % 150).astype(np.int32) for number in range(sequences)]
     cache, count = KvCache(model.shape, model.embedding, 1 << 30), 2
     packed = pack(whole)
-    attention = TreeAttention(packed, model.shape, keep=True)
+    kv = cache.empty(len(packed.tokens))
+    attention = TreeAttention(packed, model.shape, keep=kv)
     hidden = model.hidden(torch.from_numpy(packed.tokens), torch.from_numpy(packed.positions), attention, [])
     expected = model.logits(hidden, [])
-    kv = torch.stack([torch.stack([layer[which] for layer in attention.kept or ()]) for which in (0, 1)])
     rows_of = {}
     for tokens, path in zip(whole, packed.paths, strict=True):
         rows = torch.from_numpy(path.rows())
