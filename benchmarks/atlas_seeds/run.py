@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import resource
 import time
 from pathlib import Path
 
@@ -23,6 +24,11 @@ from searchr1_async.records.run_records import RunRecords
 def by_hop(evaluation: Evaluation) -> dict[str, Evaluation]:
     parts = sorted((str(hop), own) for (hop,), own in evaluation.scores.group_by("hop") if hop is not None)
     return {name: Evaluation(name, own, evaluation.step) for name, own in parts}
+
+
+def largest_child() -> float:
+    """Peak memory, in MB, of the largest process that this one has started and that has ended: the embedded service."""
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
 
 
 def rows(seed: int, evaluations: tuple[Evaluation, ...], minutes: float, steps: int) -> list[dict[str, object]]:
@@ -45,6 +51,7 @@ def rows(seed: int, evaluations: tuple[Evaluation, ...], minutes: float, steps: 
                     "answer_in_passage": selected.answer_in_passage,
                     "steps": steps,
                     "minutes": minutes,
+                    "service_peak_mb": largest_child(),
                 }
             )
     return out
@@ -70,7 +77,8 @@ def main() -> None:
         training = RunRecords(result.out_dir).metrics().select("progress/batch", "env/all/correct", "time/total")
         reward = ", ".join(f"{value:.2f}" for value in training["env/all/correct"])
         body.append(
-            f"## Seed {seed}: {result.steps} steps, {minutes:.1f} minutes in all\n\n```\n"
+            f"## Seed {seed}: {result.steps} steps, {minutes:.1f} minutes in all, service at most {largest_child():,.0f} MB "
+            "(of the seeds so far)\n\n```\n"
             f"{comparison_table(result.evaluations)}\n```\n\n"
             f"By hop: {'; '.join(hops)}\n\nExact match of the training episodes by step: {reward}"
         )

@@ -16,11 +16,12 @@ from searchr1_async.local.transformer import Shape
 
 _SHARE = 4
 """A service may take one part in this many of the machine's memory."""
-_PROCESS = 500 << 20
-"""The process without a model: Python, torch, transformers and their buffers."""
-_MOST_ROWS = {"cpu": 1024}
+_PROCESS = 800 << 20
+"""The process without a model: Python, torch, transformers and their buffers, and the logits of a few hundred tokens."""
+_MOST_ROWS_CPU, _MOST_ROWS_GPU = 1024, 4096
 """Tokens of a training micro-batch: on a CPU more are no faster, only larger."""
-_MOST_ROWS_ELSEWHERE = 4096
+_ROWS_SHARE = 0.55
+"""Of the memory that is left, for the micro-batch: with few tokens groups are split, and their prompts computed several times."""
 _LEAST_ROWS = 64
 _MOST_ENDED = 256 << 20
 """Bytes for sequences that have ended. Only a conversation that goes on needs them, so more would seldom be read again."""
@@ -70,7 +71,8 @@ def plan(
     per_token = shape.cache_bytes(dtype)
     per_row = shape.activation_bytes(dtype)
     rest = limit - _PROCESS - weights - packed
-    rows = max(_LEAST_ROWS, min(_MOST_ROWS.get(device.type, _MOST_ROWS_ELSEWHERE), int(rest * 0.4) // per_row))
+    most_rows = _MOST_ROWS_CPU if device.type == "cpu" else _MOST_ROWS_GPU
+    rows = max(_LEAST_ROWS, min(most_rows, int(rest * _ROWS_SHARE) // per_row))
     running = max(rest - rows * per_row, shape.context * per_token)
     return MemoryPlan(limit, weights, packed, rows * per_row, rows, running, min(running, _MOST_ENDED))
 

@@ -162,8 +162,11 @@ async def open_service(
 async def _started(model: str, folder: Path, local: LocalOptions, emit: Emit) -> AsyncIterator[LocalService]:
     """The embedded service, started here."""
     emit(Notice(f"starting the embedded service with {model} on this machine"))
-    options = asdict(local) | {"log_path": folder / "service.log", "notify": _notifier(emit)}
-    async with local_service(model, folder=folder, **options) as started:
+    options = asdict(local)
+    memory_gb = options.pop("memory_gb")
+    options["backend_options"] = {} if memory_gb is None else {"memory_bytes": int(memory_gb * 1e9)}
+    log, notify = folder / "service.log", _notifier(emit)
+    async with local_service(model, folder=folder, log_path=log, notify=notify, **options) as started:
         emit(Notice(f"the embedded service answers at {started.url} (pid {started.pid})"))
         prepare_proxies(started.url)
         yield started
