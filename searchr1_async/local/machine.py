@@ -25,6 +25,8 @@ _ROWS_SHARE = 0.55
 _LEAST_ROWS = 64
 _MOST_ENDED = 256 << 20
 """Bytes for sequences that have ended. Only a conversation that goes on needs them, so more would seldom be read again."""
+_GROWTH = 64 << 20
+"""Bytes that are worth trimming the heap for: pages that are taken again cost time."""
 _LOW = 0.04
 """Memory is short when less than this share of the machine's is available."""
 _LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -59,13 +61,12 @@ class MemoryPlan:
 
 
 def plan(
-    shape: Shape, parameters: int, device: torch.device, dtype: torch.dtype, *, packs: bool, limit: int | None
+    shape: Shape, parameters: int, device: torch.device, dtype: torch.dtype, *, packs: bool, limit: int
 ) -> MemoryPlan:
-    """Divides ``limit`` bytes; None: a quarter of the machine's memory, or 90 % of the GPU's that is free.
+    """Divides ``limit`` bytes.
 
     The weights, a micro-batch of 64 tokens and one sequence of the model's whole context are always allowed.
     """
-    limit = limit if limit is not None else _default_limit(device)
     weights = parameters * dtype.itemsize
     packed = weights if packs else 0
     per_token = shape.cache_bytes(dtype)
@@ -88,6 +89,23 @@ def trim_heap() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)
+
+
+class HeapWatch:
+    """Trims the heap whenever the process takes more than ``limit`` bytes, and so much more than after the last time."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._process = psutil.Process()
+        self._after = 0
+
+    def look(self) -> None:
+        if self._bytes() > max(self._limit, self._after + _GROWTH):
+            trim_heap()
+            self._after = self._bytes()
+
+    def _bytes(self) -> int:
+        return self._process.memory_info().rss
 
 
 def threads_for(most: int, cores: float, others: float) -> int:
@@ -120,7 +138,8 @@ class CoreWatch:
         return time.monotonic(), system.idle + getattr(system, "iowait", 0.0), own.user + own.system
 
 
-def _default_limit(device: torch.device) -> int:
+def default_limit(device: torch.device) -> int:
+    """A quarter of the machine's memory, or 90 % of the GPU's that is free, in bytes."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * 0.9)

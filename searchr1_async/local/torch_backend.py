@@ -28,7 +28,7 @@ from searchr1_async.local.backend import (
     UserFault,
 )
 from searchr1_async.local.lora import LoraAdapter, LoraLayout, LoraWeights
-from searchr1_async.local.machine import CoreWatch, memory_is_short, threads_for, trim_heap
+from searchr1_async.local.machine import CoreWatch, HeapWatch, memory_is_short, threads_for, trim_heap
 from searchr1_async.local.model_files import resolve_model
 from searchr1_async.local.runner import Owner
 from searchr1_async.local.sampler import Sampler, settle
@@ -211,6 +211,7 @@ class TorchBackend:
 
     def _work_until_closed(self, most_threads: int) -> None:
         turns, cores = Turns(SAMPLING_QUANTUM_SECONDS), CoreWatch()
+        heap = HeapWatch(self._engine.memory_limit)
         next_look = 0.0
         while self._take_arrivals():
             if time.monotonic() >= next_look:
@@ -225,6 +226,7 @@ class TorchBackend:
                 turns.trained(time.monotonic())
             else:
                 self._sample()
+            heap.look()
         closed = RuntimeError("The model's backend was closed before this call finished.")
         self._sampler.fail_all(closed)
         for _, _, future in self._samples:

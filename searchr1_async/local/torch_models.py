@@ -26,7 +26,7 @@ from searchr1_async.errors import ModelError
 from searchr1_async.local.backend import Datum, Int32Array, Thresholds
 from searchr1_async.local.compat import has_onednn
 from searchr1_async.local.lora import LoraAdapter, LoraSite, LoraWeights
-from searchr1_async.local.machine import plan
+from searchr1_async.local.machine import default_limit, plan
 from searchr1_async.local.runner import LeanRunner, Owner, Prefilled, Runner, weights_of
 from searchr1_async.local.sampler import Decoder
 from searchr1_async.local.trainer import LeanTrainer, Loss, MicroBatchResult, Trainer, slope_of, with_sequence_ratio
@@ -45,6 +45,8 @@ class Engine:
     context: int
     end_tokens: tuple[int, ...]
     device: torch.device
+    memory_limit: int
+    """Bytes that the process, or the GPU's memory, may take."""
 
 
 def load_engine(
@@ -60,9 +62,10 @@ def load_engine(
     try:
         config = AutoConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
+        limit = memory_bytes if memory_bytes is not None else default_limit(device)
         if is_lean(config):
             model = _lean_model(folder, config, device, dtype)
-            memory = plan(model.shape, model.parameters, device, dtype, packs=model.can_pack, limit=memory_bytes)
+            memory = plan(model.shape, model.parameters, device, dtype, packs=model.can_pack, limit=limit)
             logger.info("Memory: %s", memory)
             runner, trainer = LeanRunner(model, memory), LeanTrainer(model, max_rows=max_rows or memory.rows)
             sites = tuple(model.lora_sites())
@@ -72,7 +75,7 @@ def load_engine(
             trainer = GenericTrainer(hooked, vocabulary=text.vocab_size, context=text.max_position_embeddings)
             runner, sites = GenericRunner(hooked), hooked.sites
         ends = end_tokens(folder, config, tokenizer)
-        return Engine(runner, trainer, sites, tokenizer, trainer.vocabulary, trainer.context, ends, device)
+        return Engine(runner, trainer, sites, tokenizer, trainer.vocabulary, trainer.context, ends, device, limit)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"The model in {folder} cannot be loaded: {error}") from error
 

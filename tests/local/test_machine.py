@@ -64,6 +64,15 @@ class Counters:
         return self
 
 
+class Sizes:
+    """In place of a process of psutil; its memory is what a test says."""
+
+    rss = 0
+
+    def memory_info(self) -> Sizes:
+        return self
+
+
 def test_other_processes_are_what_is_neither_idle_nor_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
     system, own = Counters(), Counters()
     monkeypatch.setattr(machine.os, "cpu_count", lambda: 2)
@@ -77,3 +86,15 @@ def test_other_processes_are_what_is_neither_idle_nor_our_own(monkeypatch: pytes
     system.now, system.idle, own.user, own.system = 20.0, 5.0, 20.0, 8.0
     assert watch.others() == 0.0
     assert watch.others() == 0.0, "no time has passed"
+
+
+def test_the_heap_is_trimmed_beyond_the_limit_and_only_if_it_has_grown(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, trims = Sizes(), []
+    monkeypatch.setattr(machine.psutil, "Process", lambda: sizes)
+    monkeypatch.setattr(machine, "trim_heap", lambda: trims.append(sizes.rss))
+    heap, MB = machine.HeapWatch(1000 << 20), 1 << 20
+
+    for sizes.rss in (900 * MB, 1001 * MB, 1050 * MB, 1066 * MB, 1100 * MB):
+        heap.look()
+
+    assert trims == [1001 * MB, 1066 * MB]
