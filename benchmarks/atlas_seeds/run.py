@@ -27,7 +27,7 @@ def by_hop(evaluation: Evaluation) -> dict[str, Evaluation]:
 
 
 def largest_child() -> float:
-    """Peak memory, in MB, of the largest process that this one has started and that has ended: the embedded service."""
+    """Peak memory, in MB, of the largest process that this one has started and that has ended: the embedded service. On Linux."""
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
 
 
@@ -51,7 +51,7 @@ def rows(seed: int, evaluations: tuple[Evaluation, ...], minutes: float, steps: 
                     "answer_in_passage": selected.answer_in_passage,
                     "steps": steps,
                     "minutes": minutes,
-                    "service_peak_mb": largest_child(),
+                    "largest_process_so_far_mb": largest_child(),
                 }
             )
     return out
@@ -77,8 +77,7 @@ def main() -> None:
         training = RunRecords(result.out_dir).metrics().select("progress/batch", "env/all/correct", "time/total")
         reward = ", ".join(f"{value:.2f}" for value in training["env/all/correct"])
         body.append(
-            f"## Seed {seed}: {result.steps} steps, {minutes:.1f} minutes in all, service at most {largest_child():,.0f} MB "
-            "(of the seeds so far)\n\n```\n"
+            f"## Seed {seed}: {result.steps} steps, {minutes:.1f} minutes in all, largest process so far {largest_child():,.0f} MB\n\n```\n"
             f"{comparison_table(result.evaluations)}\n```\n\n"
             f"By hop: {'; '.join(hops)}\n\nExact match of the training episodes by step: {reward}"
         )

@@ -33,7 +33,7 @@ CONFIG = TrainConfig(
     steps=40,
     time_limit=300.0,  # of 9 minutes on 2 cores; the rest is needed elsewhere
     min_steps=8,  # on a busy machine the job takes longer instead
-    groups_per_batch=8,  # on two cores an episode takes about 0.5 s, a step 40 to 60 s
+    groups_per_batch=8,  # on two cores an episode takes about 0.5 s, a step about 30 s
     group_size=8,
     minibatches=4,
     learning_rate=1.5e-4,  # high, since there is time for about ten steps only; at 5e-4 the model degrades again
@@ -53,6 +53,7 @@ _SETTINGS = {
     "min_steps": "steps that the time limit does not prevent (%(default)s)",
     "group_size": "episodes per question (%(default)s)",
     "threads": "CPU threads of the model (all cores)",
+    "memory_gb": "gigabytes for the embedded service (%(default)s)",
 }
 
 

@@ -23,11 +23,11 @@ from torch.nn import functional
 from searchr1_async.local.backend import Int32Array, common_prefix_length
 from searchr1_async.local.transformer import Shape
 
-_SMALLEST_CAPACITY = 128
+_SMALLEST_CAPACITY = 256
 _MOST_SLOTS_AT_FIRST = 128
 _UNUSED_BYTES = 2 << 30
-"""Size of a new pool on a CPU, where slots take no memory before they are used: a pool that grows is copied."""
-_ROOM = 128
+"""Size of a new pool on a CPU, at most: slots take no memory before they are used, and a pool that grows is copied."""
+_ROOM_AFTER_PROMPT = 128
 """Tokens that a sequence has room for after its prompt. Most end within it; a longer one moves, which takes some milliseconds."""
 
 
@@ -122,9 +122,10 @@ class _Pool:
         slot_bytes = len(self._memory) // (2 * layers * count)
         for plane in range(2 * layers):
             start = -(-(plane * count + len(self.slots)) * slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-            length = (plane + 1) * count * slot_bytes - start
-            if length > 0:
-                self._memory.madvise(mmap.MADV_DONTNEED, start, length)
+            # Whole pages only: the system would round up, into the next plane.
+            stop = (plane + 1) * count * slot_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+            if start < stop:
+                self._memory.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +142,7 @@ class Places:
 
 
 class KvCache:
-    """Slots in pools by capacity (128, 256, 512, … tokens), of which each takes one attention call.
+    """Slots in pools by capacity (256, 512, 1024, … tokens), of which each takes one attention call.
 
     A sequence that outgrows its pool moves to the next one, so that a long sequence does not pad all the others.
     """
@@ -179,7 +180,7 @@ class KvCache:
     def open(self, owner: Hashable | None, prompt: Int32Array, keep: Collection[Slot] = ()) -> Slot:
         """An empty running slot for the prompt and what follows; drops parked ones for it, but none of ``keep``."""
         self._drop_parked(len(prompt), keep)
-        pool = self._pool_for(min(len(prompt) + _ROOM, self._shape.context))
+        pool = self._pool_for(self._room_for(prompt))
         reference = None if owner is None else weakref.ref(owner)
         slot = Slot(pool, len(pool.slots), prompt, reference, next(self._clock))
         pool.add(slot)
@@ -190,7 +191,7 @@ class KvCache:
         """A parked slot runs again, for a prompt that begins with its tokens."""
         slot.tokens, slot.used = prompt, next(self._clock)
         slot.pool.start(slot)
-        self._move_if_below(slot, len(prompt) + 1)
+        self._move_if_below(slot, self._room_for(prompt))
 
     def park(self, slot: Slot, tokens: Int32Array) -> None:
         """A running slot ends, and keeps its state for ``tokens``: of the last it may have none, of wrong guesses after them it has."""
@@ -280,14 +281,17 @@ class KvCache:
         new.start(slot)
         self.fill(slot, 0, kv)
 
+    def _room_for(self, prompt: Int32Array) -> int:
+        return max(len(prompt) + 1, min(len(prompt) + _ROOM_AFTER_PROMPT, self._shape.context))
+
     def _pool_for(self, tokens: int) -> _Pool:
         capacity = _SMALLEST_CAPACITY
         while capacity < tokens:
             capacity *= 2
         pool = self._pools.get(capacity)
         if pool is None:
-            unused = _UNUSED_BYTES // self.bytes_per_token if self._like.device.type == "cpu" else 0
-            first_slots = min(max(4, max(self.capacity, unused) // capacity), _MOST_SLOTS_AT_FIRST)
+            tokens = _UNUSED_BYTES // self.bytes_per_token if self._like.device.type == "cpu" else self.capacity
+            first_slots = min(max(4, tokens // capacity), _MOST_SLOTS_AT_FIRST)
             pool = self._pools[capacity] = _Pool(self._shape, capacity, self._like, first_slots)
         return pool
 

@@ -63,9 +63,9 @@ class MemoryPlan:
 def plan(
     shape: Shape, parameters: int, device: torch.device, dtype: torch.dtype, *, packs: bool, limit: int
 ) -> MemoryPlan:
-    """Divides ``limit`` bytes.
+    """Divides ``limit`` bytes. Adapters and their snapshots are not counted.
 
-    The weights, a micro-batch of 64 tokens and one sequence of the model's whole context are always allowed.
+    The weights, a micro-batch of 64 tokens and one sequence of the model's whole context are always allowed, also beyond the limit.
     """
     weights = parameters * dtype.itemsize
     packed = weights if packs else 0

@@ -160,14 +160,13 @@ class LeanRunner:
         """A running slot for a prompt: the slot that it continues, or a new one. It is added to ``opened`` first of all."""
         source = None if path.past is None else sources[path.past]
         if source is not None and not source.running and source.length == path.past_length:
-            slot = source
-            self._cache.resume(slot, prompt)
-            opened.append(slot)
+            self._cache.resume(source, prompt)
+            slot, source = source, None
         else:
             slot = self._cache.open(owner, prompt, keep=set(sources.values()))
-            opened.append(slot)
-            if source is not None:
-                self._cache.fill(slot, 0, self._cache.read(source)[:, :, : path.past_length])
+        opened.append(slot)
+        if source is not None:
+            self._cache.fill(slot, 0, self._cache.read(source)[:, :, : path.past_length])
         done = path.past_length
         for start, stop in path.ranges:
             self._cache.fill(slot, done, kv[:, :, start:stop])

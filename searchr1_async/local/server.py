@@ -60,7 +60,7 @@ class ServiceOptions:
     """Long-poll timeout of ``retrieve_future``; the SDK gives up after 45 s."""
     max_samples: int = 8192
     """Maximum number of open sample requests; beyond it the service answers 429."""
-    max_snapshots: int = 16
+    max_snapshots: int = 8
     """Adapter snapshots kept in memory for samplers."""
     gap_patience: float = 120.0
     """How long a model's requests wait for a missing earlier request."""

@@ -38,7 +38,7 @@ from searchr1_async.local.trainer import adam_step, forward_backward
 logger = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 1.0
-"""How often it is looked what other processes leave of the machine, and memory given back that is not used."""
+"""How often to check what other processes leave of the machine, and to give unused memory back."""
 SAMPLING_QUANTUM_SECONDS = 1.0
 """How long sampling may run while a training micro-batch waits."""
 
@@ -238,7 +238,9 @@ class TorchBackend:
     def _take_arrivals(self) -> bool:
         """Wait for work; False when the backend is closing."""
         with self._arrived:
-            while not (self._closing or self._work or self._samples or self._sampler.busy):
+            if not self._has_work():
+                self._engine.runner.give_back()
+            while not self._has_work():
                 self._arrived.wait()
             if self._closing:
                 return False
@@ -247,6 +249,9 @@ class TorchBackend:
         for owner, request, future in arrivals:
             self._sampler.submit(owner, request, future)
         return True
+
+    def _has_work(self) -> bool:
+        return bool(self._closing or self._work or self._samples or self._sampler.busy)
 
     def _train(self) -> None:
         future, steps = self._work[0]

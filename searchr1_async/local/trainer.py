@@ -288,8 +288,7 @@ class _Head:
         if loss.inputs.is_sequential:
             # Separate pass: a token's term needs its whole sequence, which spans several chunks.
             for piece in pieces:
-                log_softmax, _ = self._log_softmax(self._hidden[piece.rows])
-                result[piece.tokens] = log_softmax[piece.pair_rows, piece.targets][piece.pair_of_token]
+                result[piece.tokens] = self._logprobs(piece)
             loss_inputs = with_sequence_ratio(loss_inputs, result, table.lengths)
         for piece in pieces:
             inputs = {name: values[piece.tokens] for name, values in loss_inputs.items()}
@@ -333,6 +332,10 @@ class _Head:
                 pair_of_token=pair_place[table.pair_of_token[tokens]] - pair_from,
                 has_gradient=start < with_gradient,
             )
+
+    def _logprobs(self, piece: _Piece) -> Tensor:
+        log_softmax, _ = self._log_softmax(self._hidden[piece.rows])
+        return log_softmax[piece.pair_rows, piece.targets][piece.pair_of_token]
 
     def _log_softmax(self, states: Tensor) -> tuple[Tensor, Tensor | None]:
         """Of the logits, [rows, vocabulary], and the states times the head's A, if it has an update."""

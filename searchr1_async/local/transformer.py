@@ -55,7 +55,7 @@ class Shape:
         """What training keeps of one token for the backward pass.
 
         Of each layer: the two inputs of its norms, the gate and the up projection, the queries and the attention's output (twice),
-        the keys and values, which each sequence of a group has with its own copy of the common prefix.
+        the keys and values, which each sequence of a group has with its own copy of the common prefix (counted as long as the rest).
         """
         attention = (3 * self.heads + 4 * self.kv_heads) * self.head_size
         return self.layers * (2 * self.hidden + attention + 2 * self.middle) * dtype.itemsize

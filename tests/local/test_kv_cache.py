@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
+from searchr1_async.local import kv_cache
 from searchr1_async.local.kv_cache import KvCache, Slot
 from searchr1_async.local.transformer import Shape
 
@@ -140,7 +141,33 @@ def test_a_machine_that_is_short_of_memory_gets_back_all_but_the_running_sequenc
         assert not pool.kv[:, :, 1:].any()
 
 
-@pytest.mark.parametrize("length", [5, 127, 128, 300])
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
+def test_memory_of_unused_slots_is_given_back_without_touching_the_others(count: int) -> None:
+    """Slots of this shape are smaller than a page, so that the layers share pages."""
+    cache = cache_of(100_000)
+    tokens = [np.arange(1000 * i, 1000 * i + 9, dtype=np.int32) for i in range(count + 2)]
+    slots = [run(cache, None, each) for each in tokens]
+    for slot, each in zip(slots[count:], tokens[count:], strict=True):
+        cache.park(slot, each)
+
+    cache.shrink()
+
+    for slot, each in zip(slots[:count], tokens[:count], strict=True):
+        torch.testing.assert_close(cache.read(slot), kv_of(each))
+
+
+def test_a_pool_grows_with_its_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_cache, "_UNUSED_BYTES", 0)
+    cache = cache_of(10)
+    tokens = [np.arange(1000 * i, 1000 * i + 9, dtype=np.int32) for i in range(20)]
+    slots = [run(cache, None, each) for each in tokens]
+
+    assert slots[0].pool.kv.shape[2] < 40, "it began with four slots"
+    for slot, each in zip(slots, tokens, strict=True):
+        torch.testing.assert_close(cache.read(slot), kv_of(each))
+
+
+@pytest.mark.parametrize("length", [5, 255, 256, 257, 600])
 def test_a_slot_moves_to_a_larger_pool_when_it_is_full(length: int) -> None:
     cache, other = cache_of(10_000), np.arange(7, dtype=np.int32)
     tokens = np.arange(1000, 1000 + length, dtype=np.int32)
@@ -167,7 +194,7 @@ class Slots(RuleBasedStateMachine):
         self.now_running: set[Slot] = set()
         self.first = 0
 
-    @rule(target=running, length=st.integers(1, 300))
+    @rule(target=running, length=st.integers(1, 500))
     def open(self, length: int) -> Slot:
         self.first += 1000
         tokens = np.arange(self.first, self.first + length, dtype=np.int32)

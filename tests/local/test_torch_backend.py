@@ -399,3 +399,7 @@ def test_a_model_that_cannot_be_loaded_is_a_model_error(tmp_path: Path) -> None:
         TorchBackend.load(str(tmp_path))
     with pytest.raises(ModelError, match="int8"):
         choose_dtype("int8", torch.device("cpu"))
+
+
+def test_the_default_precision_of_a_cpu_is_float32() -> None:
+    assert choose_dtype("auto", torch.device("cpu")) == torch.float32

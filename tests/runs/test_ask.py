@@ -223,7 +223,7 @@ async def test_the_embedded_service_opens_the_weights_in_the_runs_folder(
     told: list[object] = []
     recorded = sr.open_run(tmp_path / "run")
     assert type(recorded) is sr.runs.RecordedRun
-    local = sr.config.LocalOptions(threads=1, dtype="float32", device="cpu")
+    local = sr.config.LocalOptions(threads=1, dtype="float32", device="cpu", memory_gb=2.0)
     answer = await recorded.ask(
         "river of mirin?", search, on_event=told.append, config=sr.config.AskConfig(local=local)
     )
@@ -231,6 +231,7 @@ async def test_the_embedded_service_opens_the_weights_in_the_runs_folder(
     assert any(isinstance(event, Notice) and "starting the embedded service" in event.text for event in told)
     assert not any(isinstance(event, PhaseStarted) for event in told)
     assert tiny_world.service_processes() == []
+    assert "Memory: 1,907 MB" in (tmp_path / "run" / "service" / "service.log").read_text(), "2.0 GB, as asked"
     with pytest.raises(sr.errors.ConfigurationError, match=r"cannot describe its search .* pass search="):
         await recorded.ask("river of mirin?")  # its passages were only in memory
 
