@@ -38,7 +38,6 @@ CONFIG = TrainConfig(
     minibatches=4,
     learning_rate=1.5e-4,  # high, since there is time for about ten steps only; at 5e-4 the model degrades again
     lora_rank=16,
-    memory_gb=2.5,  # a laptop with 8 GB has room for it; 4 are a tenth faster
     max_tokens=28,  # a search or an answer in tags takes 8 to 20 tokens; more lets an untrained model ramble
     max_turns=3,
     max_trajectory_tokens=1024,
@@ -53,7 +52,7 @@ _SETTINGS = {
     "min_steps": "steps that the time limit does not prevent (%(default)s)",
     "group_size": "episodes per question (%(default)s)",
     "threads": "CPU threads of the model (all cores)",
-    "memory_gb": "gigabytes for the embedded service (%(default)s)",
+    "memory_gb": "gigabytes that the embedded service plans with (a quarter of the machine's)",
 }
 
 
@@ -62,7 +61,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     add_argument("--out-dir", type=path_argument, default=Path("runs/atlas"), help="the run's folder (%(default)s)")
     add_argument("--held-out", type=int, default=HELD_OUT, help="held-out questions (%(default)s)")
     for name, text in _SETTINGS.items():
-        kind = int if usual[name] is None else type(usual[name])
+        kind = float if name == "memory_gb" else int if usual[name] is None else type(usual[name])
         add_argument(f"--{name.replace('_', '-')}", type=kind, default=usual[name], help=text)
     parser.set_defaults(
         run=_run,

@@ -414,7 +414,7 @@ class LocalOptions(Checked):
     device: str = "auto"
     """``cpu``, ``cuda``, ``mps`` or ``auto``."""
     memory_gb: Positive | None = None
-    """Gigabytes (10^9 bytes) that the service may take in all; None: a quarter of the machine's memory, or 90 % of the GPU's. With
+    """Gigabytes (10^9 bytes) that the service plans with; None: a quarter of the machine's memory, or 90 % of the GPU's. With
     less, fewer sequences are sampled at once and micro-batches are smaller; what the model itself needs is always taken, and adapters
     come on top. Models that only transformers can run are not limited."""
     start_timeout: Seconds = 180.0
