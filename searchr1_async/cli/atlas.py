@@ -54,6 +54,8 @@ _SETTINGS = {
     "threads": "CPU threads of the model (all cores)",
     "memory_gb": "gigabytes that the embedded service plans with (a quarter of the machine's)",
 }
+_KINDS_OF_NONE = {"threads": int, "memory_gb": float}
+"""Of the settings whose default is None."""
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +63,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     add_argument("--out-dir", type=path_argument, default=Path("runs/atlas"), help="the run's folder (%(default)s)")
     add_argument("--held-out", type=int, default=HELD_OUT, help="held-out questions (%(default)s)")
     for name, text in _SETTINGS.items():
-        kind = float if name == "memory_gb" else int if usual[name] is None else type(usual[name])
+        kind = _KINDS_OF_NONE.get(name) or type(usual[name])
         add_argument(f"--{name.replace('_', '-')}", type=kind, default=usual[name], help=text)
     parser.set_defaults(
         run=_run,

@@ -282,7 +282,7 @@ class KvCache:
         self.fill(slot, 0, kv)
 
     def _room_for(self, prompt: Int32Array) -> int:
-        return max(len(prompt) + 1, min(len(prompt) + _ROOM_AFTER_PROMPT, self._shape.context))
+        return min(len(prompt) + _ROOM_AFTER_PROMPT, self._shape.context)
 
     def _pool_for(self, tokens: int) -> _Pool:
         capacity = _SMALLEST_CAPACITY

@@ -237,9 +237,9 @@ class TorchBackend:
 
     def _take_arrivals(self) -> bool:
         """Wait for work; False when the backend is closing."""
+        if not self._has_work():
+            self._engine.runner.give_back()
         with self._arrived:
-            if not self._has_work():
-                self._engine.runner.give_back()
             while not self._has_work():
                 self._arrived.wait()
             if self._closing:
