@@ -121,7 +121,11 @@ class TorchBackend:
     def create_adapter(self, lora: LoraConfig) -> Future[Adapter]:
         def new() -> LoraAdapter:
             layout = self._layout(lora)
-            return LoraAdapter(layout, layout.initial().to(self._engine.device))
+            flat = layout.initial().to(self._engine.device)
+            size = flat.nbytes / 2**20
+            # With its gradient and two moments.
+            logger.info("Memory: rank %d: %.1f MB in training, %.1f MB a snapshot", lora.rank, 4 * size, size)
+            return LoraAdapter(layout, flat)
 
         return self._call(new)
 

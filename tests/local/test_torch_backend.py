@@ -263,6 +263,14 @@ def test_weights_that_diverged_fail_their_own_requests_only(backend: TorchBacken
     assert one(backend.sample(None, request(prompt(20), max_tokens=25))).tokens.tolist() == expected.tokens.tolist()
 
 
+def test_the_memory_of_an_adapter_is_logged(backend: TorchBackend, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "searchr1_async.local")
+    adapter = backend.create_adapter(LORA).result(WAIT)
+    assert isinstance(adapter, LoraAdapter)
+    megabytes = adapter.flat.nbytes / 2**20
+    assert caplog.messages == [f"Memory: rank 4: {4 * megabytes:.1f} MB in training, {megabytes:.1f} MB a snapshot"]
+
+
 def test_calls_on_an_adapter_take_effect_in_order_while_others_sample(backend: TorchBackend) -> None:
     adapter = backend.create_adapter(LORA).result(WAIT)
     data = [datum_of(prompt(60, seed=i)) for i in range(3)]
