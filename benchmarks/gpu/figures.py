@@ -166,7 +166,7 @@ async def recorded(subject: Subject, name: str) -> AsyncIterator[Part]:
 
 @asynccontextmanager
 async def connected(
-    model: str, device: str, dtype: str, folder: Path, max_batch: int
+    model: str, device: str, dtype: str, folder: Path
 ) -> AsyncIterator[tuple[tinker.ServiceClient, str]]:
     """A client of the embedded service, and the name that it gives the model."""
     async with local_service(
@@ -175,7 +175,6 @@ async def connected(
         device=device,
         dtype=dtype,
         start_timeout=_START_SECONDS,
-        backend_options={"max_batch": max_batch},
     ) as service:
         client = tinker.ServiceClient(base_url=service.url, api_key=service.api_key)
         yield client, service.model_name
@@ -185,17 +184,18 @@ async def connected(
 async def measure_precision(subject: Subject, dtype: str, plan: Plan, folder: Path) -> list[Row]:
     """Agreement, then speeds in the order of the memory that they need; in float32 also against a CPU."""
     scored = None
-    async with recorded(subject, dtype) as part:
-        most = max(plan.at_once)
-        async with connected(subject.model, subject.device, dtype, folder, most) as (client, name):
-            trainer = await client.create_lora_training_client(name, rank=16, seed=0)
-            sequences = await measure_training(part, trainer, plan)
-            if dtype == "float32":
-                part.begin(ACROSS)
-                weights = (await trainer.save_weights_for_sampler("compared")).path
-                sampler = await client.create_sampling_client(model_path=weights)
-                scored = Scored(sequences, weights, await scores(sampler, sequences))
-            await measure_speeds(part, await trainer.save_weights_and_get_sampling_client(), plan)
+    async with (
+        recorded(subject, dtype) as part,
+        connected(subject.model, subject.device, dtype, folder) as (client, name),
+    ):
+        trainer = await client.create_lora_training_client(name, rank=16, seed=0)
+        sequences = await measure_training(part, trainer, plan)
+        if dtype == "float32":
+            part.begin(ACROSS)
+            weights = (await trainer.save_weights_for_sampler("compared")).path
+            sampler = await client.create_sampling_client(model_path=weights)
+            scored = Scored(sequences, weights, await scores(sampler, sequences))
+        await measure_speeds(part, await trainer.save_weights_and_get_sampling_client(), plan)
     if scored is None:
         return part.rows
     return await measure_across(subject, scored, folder) + part.rows
@@ -226,7 +226,7 @@ async def measure_across(subject: Subject, scored: Scored, folder: Path) -> list
     part.begin(ACROSS)
     try:
         with anyio.fail_after(_PART_SECONDS):
-            async with connected(subject.model, "cpu", "float32", folder, 1) as (client, _):
+            async with connected(subject.model, "cpu", "float32", folder) as (client, _):
                 sampler = await client.create_sampling_client(model_path=scored.weights)
                 found = await scores(sampler, scored.sequences)
         part.add(ACROSS, float(np.abs(found - scored.logprobs).max()))

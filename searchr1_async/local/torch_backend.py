@@ -41,6 +41,8 @@ _LOOK_SECONDS = 1.0
 """How often to check what other processes leave of the machine, and to give unused memory back."""
 SAMPLING_QUANTUM_SECONDS = 1.0
 """How long sampling may run while a training micro-batch waits."""
+_BATCH_CPU, _BATCH_GPU = 64, 1024
+"""Sequences sampled at once: on a CPU more are no faster, only larger."""
 
 
 class TorchBackend:
@@ -51,7 +53,12 @@ class TorchBackend:
     """
 
     def __init__(
-        self, name: str, load: Callable[[], tuple[Path, Engine]], *, threads: int | None = None, max_batch: int = 64
+        self,
+        name: str,
+        load: Callable[[], tuple[Path, Engine]],
+        *,
+        threads: int | None = None,
+        max_batch: int | None = None,
     ) -> None:
         """Use :meth:`load` instead."""
         self.model_name = name
@@ -75,7 +82,7 @@ class TorchBackend:
             vocabulary=engine.vocabulary,
             context=engine.context,
             end_tokens=engine.end_tokens,
-            max_batch=max_batch,
+            max_batch=max_batch or (_BATCH_CPU if engine.device.type == "cpu" else _BATCH_GPU),
         )
         self._ready.set()
         # A thread inside torch at interpreter exit aborts the process.
@@ -90,7 +97,7 @@ class TorchBackend:
         dtype: str = "auto",
         device: str = "auto",
         memory_bytes: int | None = None,
-        max_batch: int = 64,
+        max_batch: int | None = None,
         max_rows: int | None = None,
     ) -> TorchBackend:
         """Load a model; takes seconds.
@@ -101,7 +108,7 @@ class TorchBackend:
             dtype: ``float32``, ``bfloat16``, or ``auto``: bfloat16 on a GPU that has it, else float32.
             device: ``cpu``, ``cuda``, ``mps``, or ``auto``: the first accelerator found.
             memory_bytes: what the service may take in all; None: a quarter of the machine's memory, or 90 % of the GPU's.
-            max_batch: maximum sequences sampled at once.
+            max_batch: maximum sequences sampled at once, as far as their keys and values fit; None: 64 on a CPU, else 1,024.
             max_rows: maximum distinct tokens per training micro-batch; None: as many as are useful and fit.
 
         Raises:
