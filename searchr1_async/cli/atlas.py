@@ -31,7 +31,7 @@ CONFIG = TrainConfig(
     format="tags",
     seed=2,
     steps=40,
-    time_limit=300.0,  # of 9 minutes on 2 cores; the rest is needed elsewhere
+    time_limit=300.0,  # of 8 minutes on 2 cores; the rest is needed elsewhere
     min_steps=8,  # on a busy machine the job takes longer instead
     groups_per_batch=8,  # on two cores an episode takes about 0.5 s, a step about 30 s
     group_size=8,
@@ -42,7 +42,7 @@ CONFIG = TrainConfig(
     max_turns=3,
     max_trajectory_tokens=1024,
 )
-"""Settings of the demo job; they take 9 minutes on 2 cores without a GPU."""
+"""Settings of the demo job; they take 8 minutes on 2 cores without a GPU."""
 HELD_OUT = 120
 """Held-out questions, half one-hop and half two-hop; evaluating them takes about a minute."""
 _SETTINGS = {
