@@ -55,7 +55,7 @@ BENCHMARKS = (
     Benchmark(
         "lean_transformer",
         "Is the embedded service's own transformer worth its lines, beside transformers + peft and llama.cpp?",
-        "~20",
+        "10",
     ),
     Benchmark("export", "Do exported weights give the service's log-probabilities?", "~5"),
     Benchmark("atlas_seeds", "Does RL beat the warm-up in `make run`, over several seeds?", "22"),
