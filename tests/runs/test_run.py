@@ -336,6 +336,8 @@ async def test_a_paused_run_answers_and_stays_paused(start: Callable[..., sr.Run
         await run.pause()
         paused = len(watch.events)
         answer = await run.ask("river of mirin?")
+        answered = len(watch.events)
+        await watch.wait_for(lambda event: isinstance(event, RolloutSampled) and event in watch.events[answered:], run)
     assert answer.episode.turns
     meanwhile = watch.events[paused:]
     assert not any(isinstance(event, RunResumed) for event in meanwhile)
