@@ -42,7 +42,7 @@ _LOOK_SECONDS = 1.0
 SAMPLING_QUANTUM_SECONDS = 1.0
 """How long sampling may run while a training micro-batch waits."""
 _BATCH_CPU, _BATCH_GPU = 64, 1024
-"""Sequences sampled at once: on a CPU more are no faster, only larger."""
+"""Sequences sampled at once: on a CPU more are no faster, only larger. So many on a GPU need a cache with a limit."""
 
 
 class TorchBackend:
@@ -82,7 +82,7 @@ class TorchBackend:
             vocabulary=engine.vocabulary,
             context=engine.context,
             end_tokens=engine.end_tokens,
-            max_batch=max_batch or (_BATCH_CPU if engine.device.type == "cpu" else _BATCH_GPU),
+            max_batch=_usual_batch(engine) if max_batch is None else max_batch,
         )
         self._ready.set()
         # A thread inside torch at interpreter exit aborts the process.
@@ -108,7 +108,7 @@ class TorchBackend:
             dtype: ``float32``, ``bfloat16``, or ``auto``: bfloat16 on a GPU that has it, else float32.
             device: ``cpu``, ``cuda``, ``mps``, or ``auto``: the first accelerator found.
             memory_bytes: what the service may take in all; None: a quarter of the machine's memory, or 90 % of the GPU's.
-            max_batch: maximum sequences sampled at once, as far as their keys and values fit; None: 64 on a CPU, else 1,024.
+            max_batch: maximum sequences sampled at once; None: 64, or on a GPU 1,024 as far as their keys and values fit.
             max_rows: maximum distinct tokens per training micro-batch; None: as many as are useful and fit.
 
         Raises:
@@ -305,6 +305,11 @@ class Turns:
     def trained(self, now: float) -> None:
         """A micro-batch finished; the next one starts waiting."""
         self._waiting_since = now
+
+
+def _usual_batch(engine: Engine) -> int:
+    has_limit = engine.runner.capacity is not None
+    return _BATCH_GPU if has_limit and engine.device.type != "cpu" else _BATCH_CPU
 
 
 def _own(adapter: Adapter) -> LoraAdapter:
