@@ -1,10 +1,10 @@
-"""A long real run on questions of Wikipedia: does reinforcement learning help where the demo's Factbook ends?
+"""A long real run on questions of Wikipedia: does reinforcement learning help on real text, too?
 
     python -m benchmarks suites --data FOLDER --suites 2wikimultihopqa hotpotqa popqa
 
 FOLDER holds `<suite>.jsonl` (`question`, `golden_answers`, `data_source`, `id`, `gold_passages`, `type`) and `corpus.parquet`
 (`id`, `title`, `text`). Used are the questions with one or two known gold passages and a short answer that must be read in them: not yes
-or no, and not one of two names in the question, of which a guess hits every second. The corpus is cut to the gold passages and as many
+or no, and nothing that stands in the question, such as one of two names, where a guess is often right. The corpus is cut to the gold passages and as many
 others as asked for, so that it can be embedded in minutes. One run trains on all suites together; questions held out of each are
 measured before and after.
 """
@@ -32,13 +32,17 @@ PASSAGE_WORDS = 56
 """Words shown of a passage; the answers stand deeper in these passages than in the Factbook's."""
 
 
+WHOLE = "all"
+"""The suite and kind of rows that are of all."""
+
+
 def choose_questions(path: Path, titles: dict[str, str]) -> list[sr.Question]:
     """The suite's usable questions, with the searches of their demonstrations."""
     chosen = []
     for question in sr.load_questions(path):
-        gold = [titles[str(one)] for one in question.metadata.get("gold_passages") or () if str(one) in titles]
-        if len(gold) in (1, 2) and has_to_be_read(question):
-            searches = plan_searches(question.question, gold)
+        gold = [titles.get(str(one)) for one in question.metadata.get("gold_passages") or ()]
+        if len(gold) in (1, 2) and None not in gold and has_to_be_read(question):
+            searches = plan_searches(question.question, [str(title) for title in gold])
             chosen.append(replace(question, metadata={**question.metadata, "search_queries": searches}))
     return chosen
 
@@ -54,7 +58,7 @@ def plan_searches(question: str, titles: list[str]) -> list[str]:
     """A search for the passage that the question names best (or, if it names none, for the question), then for the other."""
     asked = _words(question)
     first, *others = sorted(titles, key=lambda title: -len(_words(title) & asked) / len(_words(title) or {""}))
-    return [first if _words(first) <= asked else question, *others]
+    return [first if _words(first) and _words(first) <= asked else question, *others]
 
 
 def _words(text: str) -> set[str]:
@@ -71,8 +75,16 @@ def write_corpus(corpus: pl.DataFrame, questions: list[sr.Question], distractors
     return chosen.height
 
 
-async def run_suites(options: argparse.Namespace) -> tuple[sr.TrainingResult, dict[str, str], int]:
-    """Warm-up, reinforcement learning and the measurements around them; with the types of the questions, and the passages' number."""
+Kinds = dict[tuple[str, str], str]
+"""The kind of a question by suite and id."""
+
+
+async def run_suites(options: argparse.Namespace) -> tuple[sr.TrainingResult, Kinds, int]:
+    """Warm-up, reinforcement learning and the measurements around them; with the questions' kinds, and the number of passages.
+
+    Raises:
+        ValueError: a suite has no question left to train on.
+    """
     options.folder.mkdir(parents=True, exist_ok=True)
     corpus = pl.read_parquet(options.data / "corpus.parquet").select(pl.col("id").cast(pl.String), "title", "text")
     titles = dict(corpus.select("id", "title").iter_rows())
@@ -81,6 +93,8 @@ async def run_suites(options: argparse.Namespace) -> tuple[sr.TrainingResult, di
     for suite in options.suites:
         questions = choose_questions(options.data / f"{suite}.jsonl", titles)
         random.Random(options.seed).shuffle(questions)
+        if not questions[options.held_out : options.most]:
+            raise ValueError(f"{suite} has {len(questions)} usable questions: hold out fewer than {options.held_out}")
         held_out += questions[: options.held_out]
         training += questions[options.held_out : options.most]
     questions = held_out + training
@@ -103,29 +117,31 @@ async def run_suites(options: argparse.Namespace) -> tuple[sr.TrainingResult, di
         seed=options.seed,
     )
     run = sr.train(training, search, options.folder / "run", config, resume=True, held_out=held_out)
-    return await run, {one.id: str(one.metadata.get("type")) for one in questions}, passages
+    return await run, {(one.data_source, one.id): one.metadata.get("type") or WHOLE for one in questions}, passages
 
 
-def by_part(evaluations: tuple[Evaluation, ...], types: dict[str, str]) -> pl.DataFrame:
-    """One row an evaluation, suite and type of question, whole suites and all of them first; shares from 0 to 1.
+def by_part(evaluations: tuple[Evaluation, ...], kinds: Kinds) -> pl.DataFrame:
+    """One row an evaluation, suite and kind of question, and one for each whole suite and for all; shares from 0 to 1.
 
-    `gold`: the share of the gold passages shown; `read`: exact match where all were shown, on `read_of` questions."""
+    `gold`: the share of the gold passages shown; `read`: exact match where all were shown, on `read_of` questions.
+    """
     rows = []
     for evaluation in evaluations:
-        scores = evaluation.scores.filter(~pl.col("failed")).with_columns(
-            type=pl.col("question_id").replace_strict(types)
-        )
-        parts = [(("all", "all"), scores)]
-        parts += [((suite, "all"), own) for (suite,), own in scores.group_by("suite")]
-        parts += [((suite, kind), own) for (suite, kind), own in scores.group_by("suite", "type")]
-        for (suite, kind), own in sorted(parts, key=lambda part: part[0]):
+        kind = [kinds[key] for key in evaluation.scores.select("suite", "question_id").iter_rows()]
+        asked = evaluation.scores.with_columns(kind=pl.Series(kind, dtype=pl.String))
+        parts = {(WHOLE, WHOLE): asked}
+        parts |= {(str(suite), WHOLE): own for (suite,), own in asked.group_by("suite")}
+        parts |= {(str(suite), str(kind)): own for (suite, kind), own in asked.group_by("suite", "kind")}
+        for (suite, kind), whole in sorted(parts.items(), key=lambda part: part[0]):
+            own = whole.filter(~pl.col("failed"))
             shown = own.filter(pl.col("gold_recall") == 1)
             rows.append(
                 {
                     "stage": evaluation.label,
                     "suite": suite,
-                    "type": kind,
-                    "questions": own.height,
+                    "kind": kind,
+                    "questions": whole.height,
+                    "failed": whole.height - own.height,
                     "exact_match": own["exact_match"].mean(),
                     "answer_seen": own["answer_in_passage"].mean(),
                     "gold": own["gold_recall"].mean(),
@@ -152,15 +168,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=2)
     options = parser.parse_args()
     began = time.monotonic()
-    result, types, passages = asyncio.run(run_suites(options))
+    result, kinds, passages = asyncio.run(run_suites(options))
     minutes = (time.monotonic() - began) / 60
-    table = by_part(result.evaluations, types)
-    training = RunRecords(result.out_dir).metrics()["env/all/correct"].to_list()
+    table = by_part(result.evaluations, kinds)
+    metrics = RunRecords(result.out_dir).metrics()
+    training = metrics["env/all/correct"].drop_nulls().to_list() if result.steps else []
     tenths = [training[len(training) * n // 10 : len(training) * (n + 1) // 10] for n in range(10)]
     curve = ", ".join(f"{sum(part) / len(part):.3f}" for part in tenths if part)
-    print(table)
     body = [
-        f"{passages} passages, {result.steps} steps, {minutes:.0f} minutes in all.\n\n```\n{comparison_table(result.evaluations)}\n```",
+        f"{passages} passages, {result.steps} steps, {minutes:.0f} minutes in this session.\n\n```\n{comparison_table(result.evaluations)}\n```",
         f"Exact match of the training episodes, by tenths of the steps: {curve}",
         "## By kind of question\n\n" + markdown(table),
     ]
