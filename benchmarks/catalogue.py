@@ -27,6 +27,9 @@ class Benchmark:
 
 BENCHMARKS = (
     Benchmark("throughput", "How near does training come to the service's own speed, beside tinker-cookbook?", "~40"),
+    Benchmark(
+        "engine_cost", "What does an episode cost the client in CPU and memory, and who makes its loop late?", "~30"
+    ),
     Benchmark("off_policy", "Does learning from weights up to 8 batches old still learn?", "75"),
     Benchmark("workers", "How much do worker processes speed up rollouts where the client is the limit?", "~3"),
     Benchmark("first_turn", "One request for all first turns of a group, or one each?", "~20"),

@@ -43,7 +43,8 @@ GEMINI = StandInSettings(latency=0.2, latency_per_text=0.001)
 SEARCH_SECONDS = GEMINI.latency + GEMINI.latency_per_text
 GEMINI_KEY = "a-key-of-the-benchmark"
 PASSAGES = 10_000
-RENDERERS = {"ours": "chatml", "cookbook": "qwen3_instruct"}
+RENDERERS = {"cookbook": "qwen3_instruct"}
+"""Of the contenders that do not take ChatML."""
 _WRITE_NEEDS = """
 import sys
 from importlib.metadata import requires
@@ -174,7 +175,7 @@ async def _contend(
 ) -> None:
     settings = {
         "model": MODEL,
-        "renderer": RENDERERS[contest.contender],
+        "renderer": RENDERERS.get(contest.contender, "chatml"),
         "tokenizer": stage.tokenizer,
         "url": service.url,
         "chroma": stage.chroma,
@@ -186,6 +187,7 @@ async def _contend(
         "log": str(folder / "contender.log"),
         "observed": str(folder / "observed.json"),
         "marks": str(folder / "marks.json"),
+        "looked": str(folder / "looked.json"),
         **contest.settings,
     }
     environment = child_environment(

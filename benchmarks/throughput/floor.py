@@ -21,10 +21,10 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.shared.scripted_episodes import GROUP_SIZE, World, episodes_seen
+from benchmarks.shared.scripted_episodes import GROUP_SIZE, EpisodeSeen, World, episodes_seen
 from searchr1_async.local.process import Served, TrainingTimes
 
 
@@ -145,6 +145,12 @@ class RunSeen:
         return [end - begin for begin, end in itertools.pairwise((self.began, *self.step_ends))]
 
 
+def most_in_flight(episodes: Iterable[EpisodeSeen]) -> int:
+    """Episodes that were played at a time, at most."""
+    changes = sorted(change for seen in episodes for change in ((seen.began, 1), (seen.ended, -1)))
+    return max(itertools.accumulate(change for _, change in changes))
+
+
 def run_seen(served: Sequence[Served], steps: int) -> RunSeen:
     """What the log tells of a run of so many steps; what came behind the last one's weights is left out.
 
@@ -166,14 +172,11 @@ def run_seen(served: Sequence[Served], steps: int) -> RunSeen:
     within = [request for request in served if request.began < ends[-1]]
     samples = [request for request in within if request.kind == "sample"]
     trained = [request for request in within if request.kind == "forward_backward"]
-    changes = sorted(
-        change for seen in episodes_seen(samples).values() for change in ((seen.began, 1), (seen.ended, -1))
-    )
     kinds = Counter(request.kind for request in within)
     return RunSeen(
         began=min(request.began for request in samples),
         step_ends=ends,
-        in_flight=max(itertools.accumulate(change for _, change in changes)),
+        in_flight=most_in_flight(episodes_seen(samples).values()),
         sample_requests=len(samples),
         samples=sum(len(request.sequences) for request in samples),
         forward_backwards=len(trained),

@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import searchr1_async as sr
 from benchmarks.shared.monitor import log_to, observing
+from benchmarks.shared.scripted_episodes import INSTRUCTIONS
 
 MODES: dict[str, dict[str, Any]] = {
     "synchronous": {"synchronous": True},
@@ -20,39 +22,45 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-async def play(settings: dict[str, Any]) -> None:
-    """One run of one mode."""
-    import searchr1_async as sr
-    from benchmarks.shared.scripted_episodes import INSTRUCTIONS
-
-    search = sr.Search(
+def make_search(settings: dict[str, Any]) -> sr.Search:
+    """The search over the stand-ins."""
+    return sr.Search(
         sr.search.GeminiEmbedder(api_key=settings["gemini_key"], base_url=settings["gemini"]),
         sr.search.RemoteChroma("127.0.0.1", settings["chroma"], settings["collection"]),
         n_results=settings["n_results"],
     )
+
+
+def episode_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that training and rollouts share."""
+    names = ("model", "tokenizer", "renderer", "group_size", "seed")
+    return {"instructions": INSTRUCTIONS, **{name: settings[name] for name in names}, **settings["options"]}
+
+
+async def train(settings: dict[str, Any]) -> None:
+    """Trains in the mode that is asked for."""
     loss = {"loss": settings["loss"]} if settings["mode"] == "asynchronous" else {}
+    await sr.train(
+        sr.load_questions(settings["questions"]),
+        make_search(settings),
+        settings["out"],
+        sr.TrainConfig(
+            groups_per_batch=settings["groups"],
+            minibatches=settings["minibatches"],
+            steps=settings["steps"],
+            **episode_settings(settings),
+            **MODES[settings["mode"]],
+            **loss,
+        ),
+        service=settings["url"],
+        progress=False,
+    )
+
+
+async def play(settings: dict[str, Any]) -> None:
+    """One run of one mode."""
     async with observing(Path(settings["observed"])):
-        await sr.train(
-            sr.load_questions(settings["questions"]),
-            search,
-            settings["out"],
-            sr.TrainConfig(
-                model=settings["model"],
-                tokenizer=settings["tokenizer"],
-                renderer=settings["renderer"],
-                instructions=INSTRUCTIONS,
-                group_size=settings["group_size"],
-                groups_per_batch=settings["groups"],
-                minibatches=settings["minibatches"],
-                steps=settings["steps"],
-                seed=settings["seed"],
-                **MODES[settings["mode"]],
-                **loss,
-                **settings["options"],
-            ),
-            service=settings["url"],
-            progress=False,
-        )
+        await train(settings)
 
 
 def main() -> None:

@@ -26,7 +26,8 @@ import json
 import os
 import random
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,29 +99,28 @@ def rows_of(world: World, subjects: Sequence[int]) -> list[dict[str, Any]]:
     ]
 
 
-async def play(stage: Stage[World], job: Job) -> dict[str, Any]:
-    """The row of one run.
+def contest_of(world: World, job: Job, family: str = "throughput", **more: Any) -> Contest:
+    """A run as a contest, in which every contender gets the same questions in the same batches.
 
-    Raises:
-        RuntimeError: it failed or took too long; its log is named.
-        ValueError: it trained on other than the planned steps.
+    Args:
+        family: the benchmark that holds the contender.
+        more: settings of its own.
     """
-    load = os.getloadavg()[0]
     subjects = [subject for batch in job.batches for subject in batch]
 
     def our_questions(folder: Path) -> dict[str, str]:
         """A file of the questions that our order puts into the same batches."""
         path = folder / "questions.jsonl"
-        rows = rows_of(stage.world, shuffled_to(subjects, random.Random(f"{SEED}/0")))
+        rows = rows_of(world, shuffled_to(subjects, random.Random(f"{SEED}/0")))
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return {"questions": str(path)}
 
-    contest = Contest(
-        family="throughput",
+    return Contest(
+        family=family,
         contender=job.contender,
         label=f"{job.mode}-{job.groups}",
         timeout=TIMEOUT,
-        questions=pl.DataFrame(rows_of(stage.world, shuffled_to(subjects, random.Random(SEED)))).drop("id"),
+        questions=pl.DataFrame(rows_of(world, shuffled_to(subjects, random.Random(SEED)))).drop("id"),
         split="train",
         files=our_questions,
         settings={
@@ -133,10 +133,21 @@ async def play(stage: Stage[World], job: Job) -> dict[str, Any]:
             "loss": job.loss,
             "seed": SEED,
             "options": dict(job.options),
+            **more,
         },
         scripted={"training": dataclasses.asdict(TIMES), "seed": SEED},
     )
-    async with contended(stage, contest) as done:
+
+
+async def play(stage: Stage[World], job: Job) -> dict[str, Any]:
+    """The row of one run.
+
+    Raises:
+        RuntimeError: it failed or took too long; its log is named.
+        ValueError: it trained on other than the planned steps.
+    """
+    load = os.getloadavg()[0]
+    async with contended(stage, contest_of(stage.world, job)) as done:
         return figures(
             stage.world,
             job.batches,
@@ -156,6 +167,20 @@ async def play(stage: Stage[World], job: Job) -> dict[str, Any]:
         }
 
 
+@asynccontextmanager
+async def staged_world(
+    work: Path, subjects: int, scale: float, contenders: Sequence[str]
+) -> AsyncIterator[Stage[World]]:
+    """What all runs share: a world of at least so many subjects, and its passages in Chroma."""
+    from transformers import AutoTokenizer
+
+    # The same for all selections, so that an index that was built once serves them all.
+    subjects = max(MOST_SUBJECTS, subjects)
+    world = make_world(AutoTokenizer.from_pretrained(tokenizer_folder()), subjects, seed=SEED, scale=scale)
+    async with staged(work, work / f"chroma-{subjects}-{PASSAGES}", world, contenders) as stage:
+        yield stage
+
+
 def planned(options: argparse.Namespace) -> list[Job]:
     """The runs that were asked for."""
     jobs = []
@@ -168,18 +193,13 @@ def planned(options: argparse.Namespace) -> list[Job]:
 
 
 async def run(options: argparse.Namespace, work: Path) -> None:
-    from transformers import AutoTokenizer
-
     if options.in_flight:
         jobs = [Job("ours", "streaming", options.in_flight // GROUP_SIZE, 1, options=dict(options.ours))]
     else:
         jobs = planned(options)
     scale = options.scale * (STRETCHED if options.in_flight else 1.0)
-    # The same for all selections, so that an index that was built once serves them all.
-    subjects = max(MOST_SUBJECTS, *(job.groups * job.steps for job in jobs))
-    world = make_world(AutoTokenizer.from_pretrained(tokenizer_folder()), subjects, seed=SEED, scale=scale)
-    index = work / f"chroma-{subjects}-{PASSAGES}"
-    async with staged(work, index, world, [job.contender for job in jobs]) as stage:
+    subjects = max(job.groups * job.steps for job in jobs)
+    async with staged_world(work, subjects, scale, [job.contender for job in jobs]) as stage:
         rows = await measured(jobs, functools.partial(play, stage))
     is_whole = not (options.in_flight or options.runs or options.ours) and set(options.sizes) == set(PLAN)
     report(rows, keep=is_whole or options.keep, in_flight=options.in_flight, note=options.note)
