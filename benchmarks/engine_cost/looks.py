@@ -6,6 +6,7 @@ Each look slows the client down, so a run has one of them at most, and what a cl
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import threading
 import time
 import tracemalloc
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -142,11 +143,23 @@ def _late(observed: Observed, seen: list[Seen]) -> Iterator[None]:
         if ended - began > LONG_CALLBACK:
             callbacks.append(_Callback(name, began, ended))
 
+    def collected(phase: str, about: Mapping[str, int]) -> None:
+        """Collections stop every thread, whoever set them off."""
+        nonlocal began_collecting
+        if phase == "start":
+            began_collecting = time.monotonic()
+        elif time.monotonic() - began_collecting > LONG_CALLBACK:
+            name = f"collecting garbage of generation {about['generation']}"
+            callbacks.append(_Callback(name, began_collecting, time.monotonic()))
+
+    began_collecting = 0.0
     asyncio.Handle._run = timed
+    gc.callbacks.append(collected)
     try:
         yield
     finally:
         asyncio.Handle._run = run
+        gc.callbacks.remove(collected)
     seen += causes(observed.lags, callbacks)
 
 

@@ -74,7 +74,7 @@ async def play(
     began = time.monotonic() if began is None else began
     left = None if limits.max_seconds is None else limits.max_seconds - (time.monotonic() - began)
     prompt = tuple(dialect.start(question) if prompt_tokens is None else prompt_tokens)
-    course = _Course(dialect, policy, search, limits, seed, first_turn, raises_faults, list(prompt))
+    course = _Course(dialect, policy, search, limits, seed, first_turn, raises_faults, prompt)
     with time_limit(left) as scope:
         while course.stop_reason is None:
             sampled = await course.sample()
@@ -96,8 +96,8 @@ class _Course:
     seed: int | None
     first_turn: Turn | None
     raises_faults: bool
-    tokens: list[int]
-    """Everything so far: the next prompt."""
+    tokens: tuple[int, ...]
+    """Everything so far: the next prompt. Not a list, whose every token a garbage collection would visit."""
     turns: list[Turn] = field(default_factory=list)
     stop_reason: StopReason | None = None
     """None while it goes on."""
@@ -132,8 +132,7 @@ class _Course:
             call, appended = await self._carry_out(call, sampled)
         text = self.dialect.decode(sampled.sampled_tokens)
         self.turns.append(replace(sampled, text=text, content=content, call=call, appended_tokens=tuple(appended)))
-        self.tokens += sampled.sampled_tokens
-        self.tokens += appended
+        self.tokens = (*self.tokens, *sampled.sampled_tokens, *appended)
 
     async def _carry_out(self, call: SearchCall, sampled: Turn) -> tuple[SearchCall, list[int]]:
         """Runs the call; returns it with its results, and the tokens to append."""

@@ -77,6 +77,13 @@ class Body:
             raise MalformedRequest(f"{name}: a string is required")
         return value
 
+    def object(self, name: str) -> Body:
+        """Raises :class:`MalformedRequest` unless the field is an object."""
+        value = self.fields.get(name)
+        if not isinstance(value, dict):
+            raise MalformedRequest(f"{name}: an object is required")
+        return Body(value)
+
     def number(self, name: str) -> int:
         """Raises :class:`MalformedRequest` unless the field is an integer >= 0."""
         value = self.optional_number(name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import itertools
 import json
 import logging
 import secrets
@@ -42,6 +43,8 @@ _REASONS = {
     "/auth/": "its one key was printed at its start: export it as TINKER_API_KEY instead of logging in",
 }
 """Why it lacks some routes of the cloud, by a word of their path."""
+_GATHER = 0.01
+"""Seconds a poll waits for further results after the first: one answer for many."""
 LARGE_BYTES = 256 << 10
 """Larger bodies are encoded and decoded in a worker thread; for smaller ones the hop costs more than the work."""
 
@@ -104,10 +107,14 @@ class Promise:
     owner: str
     """The session, model or sampler that requested it."""
     key: Hashable | None
+    listener: Hashable | None = None
+    """Whose :meth:`PromiseStore.completions` report it; None: nobody's."""
     outcome: Reply | Failure | None = None
     on_cancel: Callable[[], Any] | None = None
     """Called when the client cancels; None: not cancellable."""
     settled_at: float = 0.0
+    settled_as: int = 0
+    """Its number among the settled promises of the store, from 1."""
     fetched_at: float = 0.0
     done: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -124,7 +131,8 @@ class PromiseStore:
         self.unfetched = unfetched
         self.fetched_bytes = fetched_bytes
         self._prefix = secrets.token_hex(4)
-        self._opened = 0
+        self._opened = self._settled = 0
+        self._just_settled = asyncio.Event()
         self._by_id: dict[str, Promise] = {}
         self._by_key: dict[Hashable, Promise] = {}
         # Ordered by settled_at and fetched_at, so that sweep stops early.
@@ -139,12 +147,12 @@ class PromiseStore:
         """The promise with this idempotency key, if still kept."""
         return None if key is None else self._by_key.get(key)
 
-    def open(self, owner: str, key: Hashable | None = None) -> Promise:
+    def open(self, owner: str, key: Hashable | None = None, listener: Hashable | None = None) -> Promise:
         """Opens a promise. ``key`` must be unused (see :meth:`find`)."""
         if key is not None and key in self._by_key:
             raise ValueError(f"the idempotency key {key!r} is in use")
         self._opened += 1
-        promise = Promise(f"{self._prefix}-{self._opened}", owner, key)
+        promise = Promise(f"{self._prefix}-{self._opened}", owner, key, listener)
         self._by_id[promise.request_id] = promise
         if key is not None:
             self._by_key[key] = promise
@@ -156,10 +164,13 @@ class PromiseStore:
             return False
         promise.outcome = outcome
         promise.settled_at = now
+        self._settled += 1
+        promise.settled_as = self._settled
         promise.on_cancel = None
         promise.done.set()
         if promise.request_id in self._by_id:
             self._unfetched[promise.request_id] = promise
+        self._just_settled.set()
         return True
 
     def get(self, request_id: str) -> Promise:
@@ -179,6 +190,27 @@ class PromiseStore:
                 async with asyncio.timeout(seconds):
                     await promise.done.wait()
         return promise.outcome
+
+    async def completions(self, listener: Hashable, cursor: int, seconds: float) -> tuple[list[Promise], int]:
+        """The listener's promises that were settled after ``cursor`` (of an earlier call; 0: ever) and not fetched yet, oldest
+        first, and the new cursor. Waits up to ``seconds`` for the first, and then a moment for more."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not self._settled_after(listener, cursor):
+                    self._just_settled.clear()
+                    await self._just_settled.wait()
+                await asyncio.sleep(_GATHER)
+        return self._settled_after(listener, cursor), self._settled
+
+    def _settled_after(self, listener: Hashable, cursor: int) -> list[Promise]:
+        newest_first = itertools.takewhile(lambda each: each.settled_as > cursor, reversed(self._unfetched.values()))
+        return [promise for promise in newest_first if promise.listener == listener][::-1]
+
+    def release(self, request_ids: Sequence[str]) -> None:
+        """Drops results that the client says it has; unknown ones are ignored."""
+        for request_id in request_ids:
+            if request_id in self._fetched:
+                self._forget(self._fetched[request_id])
 
     def fetched(self, promise: Promise, now: float) -> None:
         """Marks the outcome as sent to the client; it is kept for ``grace`` more seconds."""

@@ -34,6 +34,7 @@ from searchr1_async.local.replies import (
     NotFound,
     Promise,
     PromiseStore,
+    Reply,
     as_json,
     json_response,
     key_check,
@@ -57,7 +58,9 @@ class ServiceOptions:
     """Limits of the service. Times are seconds."""
 
     poll: float = 30.0
-    """Long-poll timeout of ``retrieve_future``; the SDK gives up after 45 s."""
+    """Long-poll timeout of results; the SDK gives up after 45 s."""
+    shared_polls: bool = True
+    """One long poll of a sampling client waits for all of its samples, instead of one each."""
     max_samples: int = 8192
     """Maximum number of open sample requests; beyond it the service answers 429."""
     max_snapshots: int = 8
@@ -178,6 +181,7 @@ class Service:
             "GET samplers/{sampler}": self.get_sampler,
             "POST asample": self.asample,
             "POST retrieve_future": self.retrieve_future,
+            "POST retrieve_futures": self.retrieve_futures,
             "POST cancel_future": self.cancel_future,
         }
 
@@ -214,7 +218,7 @@ class Service:
         return {"status": "ok"}
 
     async def client_config(self, request: web.Request) -> web.Response:
-        response = json_response(200, sample_use_retrieve_futures=False)
+        response = json_response(200, sample_use_retrieve_futures=self.options.shared_polls)
         # The SDK asks once, over a connection that it never closes.
         response.force_close()
         return response
@@ -387,7 +391,26 @@ class Service:
         self.promises.fetched(promise, time.monotonic())
         return web.Response(body=outcome.body, content_type=outcome.content_type)
 
+    async def retrieve_futures(self, request: web.Request) -> dict[str, Any]:
+        """Waits for samples of one sampling client to complete; their results are then fetched by ``retrieve_future``."""
+        body = await body_of(request)
+        target = body.object("target")
+        sampler = self.sampling.find(target.text("sampling_session_id"))
+        listener = (sampler.id, target.optional_number("cloned_sampler_id") or 0)
+        self.promises.release(body.fields.get("retrieved_request_ids") or ())
+        seconds = self.options.poll if body.fields.get("timeout") is None else 0.0
+        cursor = body.optional_number("prev_cursor") or 0
+        done, cursor = await self.promises.completions(listener, cursor, seconds)
+        return {"completions": [_completion(promise) for promise in done], "cursor": cursor}
+
     async def cancel_future(self, request: web.Request) -> None:
         """Cancels a sample. Training requests cannot be cancelled, since later ones depend on them."""
         promise = self.promises.get((await body_of(request)).text("request_id"))
         self.promises.cancel(promise, time.monotonic())
+
+
+def _completion(promise: Promise) -> dict[str, Any]:
+    if isinstance(promise.outcome, Reply):
+        size = len(promise.outcome.body)
+        return {"state": "finished", "request_id": promise.request_id, "response_payload_uncompressed_size": size}
+    return {"state": "failed", "request_id": promise.request_id}

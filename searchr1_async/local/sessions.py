@@ -166,6 +166,11 @@ def sampler_id(session_id: str, sampling_session_seq_id: int) -> str:
     return f"{session_id}:sample:{sampling_session_seq_id}"
 
 
+def clone_of(seq_id: int) -> int:
+    """The copy of a sampling client that sent a request; copies number their requests in blocks of a billion."""
+    return seq_id // 1_000_000_000
+
+
 class Sampling:
     """All samplers, with an LRU of at most ``max_snapshots`` adapter snapshots in memory.
 
@@ -290,7 +295,7 @@ class Sampling:
             return earlier
         if self._open_samples >= self._max_samples:
             raise TooManySamples
-        promise = self._jobs.promises.open(owner, key)
+        promise = self._jobs.promises.open(owner, key, None if seq_id is None else (owner, clone_of(seq_id)))
         self._open_samples += 1
         cancelled = anyio.CancelScope()
         promise.on_cancel = cancelled.cancel

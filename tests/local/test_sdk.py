@@ -294,12 +294,16 @@ async def test_cancelling_the_caller_cancels_the_sample(tmp_path: Path) -> None:
                     await waiting
 
 
-async def test_many_samples_at_once(served: Served, service: tinker.ServiceClient) -> None:
-    sampler = await service.create_sampling_client(base_model="scripted")
-    responses = await asyncio.gather(*[sampler.sample(PROMPT, 1, PARAMS) for _ in range(200)])
-    assert all(list(response.sequences[0].tokens) == [6, 7, 8, 2] for response in responses)
-    with pytest.raises(tinker.RequestFailedError, match="at least 1"):
-        await sampler.sample(PROMPT, 1, types.SamplingParams(max_tokens=0))
+@pytest.mark.parametrize("shared_polls", [True, False])
+async def test_many_samples_at_once(tmp_path: Path, shared_polls: bool) -> None:
+    backend = ScriptedBackend(successors, latency=Latency(jitter=1.0, floor=0.01))
+    with service_thread(tmp_path, backend, shared_polls=shared_polls) as served:
+        async with sdk(served.url) as service:
+            sampler = await service.create_sampling_client(base_model="scripted")
+            responses = await asyncio.gather(*[sampler.sample(PROMPT, 1, PARAMS) for _ in range(200)])
+            assert all(list(response.sequences[0].tokens) == [6, 7, 8, 2] for response in responses)
+            with pytest.raises(tinker.RequestFailedError, match="at least 1"):
+                await sampler.sample(PROMPT, 1, types.SamplingParams(max_tokens=0))
 
 
 async def test_back_pressure_is_not_an_error(tmp_path: Path) -> None:

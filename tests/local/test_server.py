@@ -83,6 +83,7 @@ async def test_malformed_bodies(client: Raw) -> None:
             assert answer["detail"]
     assert (await client.ask("create_model", {"session_id": session}))[0] == 422
     assert (await client.ask("create_model", {"session_id": session, "model_seq_id": -1}))[0] == 422
+    assert (await client.ask("retrieve_futures", {"target": "x"}))[0] == 422
     assert (await client.ask("forward_backward", body=b"\xff\xff"))[0] == 400
     assert (await client.ask("forward_backward", body=b""))[0] == 422
 
@@ -96,6 +97,7 @@ async def test_unknown_ids_are_not_found(client: Raw) -> None:
         ("optim_step", {"model_id": "x", "seq_id": 1}),
         ("asample", {"sampling_session_id": "x"}),
         ("retrieve_future", {"request_id": "x"}),
+        ("retrieve_futures", {"target": {"sampling_session_id": "x"}}),
         ("cancel_future", {"request_id": "x"}),
         ("weights_info", {"tinker_path": "tinker://run/weights/none"}),
     ):
@@ -270,6 +272,58 @@ async def test_a_long_poll_times_out_with_try_again(tmp_path: Path) -> None:
             assert status == 408
             assert answer == {"type": "try_again", "request_id": future["request_id"], "queue_state": "active"}
             assert anyio.current_time() - start >= 0.15
+
+
+def poll_fields(sampler: str, cursor: int = 0, **more: Any) -> dict[str, Any]:
+    target = {"type": "sampling_session", "sampling_session_id": sampler, "cloned_sampler_id": more.pop("clone", 0)}
+    return {"target": target, "prev_cursor": cursor, "timeout": None, "retrieved_request_ids": [], **more}
+
+
+async def test_a_shared_poll_reports_the_samples_of_its_own_client(client: Raw) -> None:
+    session = await client.session()
+    sampler, other = await client.sampler(session), await client.sampler(session, 1)
+    futures = [await client.ok("asample", sample_fields(sampler, number)) for number in (1, 2)]
+    refused = await client.ok("asample", sample_fields(sampler, 3, sampling_params={"max_tokens": -1}))
+    cloned = await client.ok("asample", sample_fields(sampler, 1_000_000_001))
+    await client.ok("asample", sample_fields(other, 1))
+    seen: dict[str, Any] = {}
+    cursor = 0
+    while len(seen) < 3:
+        answer = await client.ok("retrieve_futures", poll_fields(sampler, cursor))
+        assert answer["cursor"] > cursor, "an answer before its time is up reports something"
+        cursor = answer["cursor"]
+        seen |= {each["request_id"]: each for each in answer["completions"]}
+    assert list(seen) == sorted(seen, key=lambda id: int(id.partition("-")[2]))
+    sizes = [len(await client.result(future)) for future in futures]
+    for future, size in zip(futures, sizes, strict=True):
+        id = future["request_id"]
+        assert seen.pop(id) == {"state": "finished", "request_id": id, "response_payload_uncompressed_size": size}
+    assert seen == {refused["request_id"]: {"state": "failed", "request_id": refused["request_id"]}}
+    of_clone = await client.ok("retrieve_futures", poll_fields(sampler, clone=1))
+    assert [each["request_id"] for each in of_clone["completions"]] == [cloned["request_id"]]
+
+
+async def test_a_repeated_shared_poll_reports_the_same_again(client: Raw) -> None:
+    sampler = await client.sampler(await client.session())
+    future = await client.ok("asample", sample_fields(sampler, 1))
+    first = await client.ok("retrieve_futures", poll_fields(sampler))
+    assert await client.ok("retrieve_futures", poll_fields(sampler)) == first, "its answer may have been lost"
+    assert (await client.ok("retrieve_futures", poll_fields(sampler, first["cursor"], timeout=0)))["completions"] == []
+    await client.result(future)
+    retrieved = poll_fields(sampler, first["cursor"], timeout=0, retrieved_request_ids=[future["request_id"], "none"])
+    await client.ok("retrieve_futures", retrieved)
+    assert (await client.ask("retrieve_future", {"request_id": future["request_id"]}))[0] == 410
+
+
+async def test_a_shared_poll_ends_empty_when_its_time_is_up(tmp_path: Path) -> None:
+    with service_thread(tmp_path, slow(), poll=0.2) as served:
+        async with raw(served.url) as client:
+            sampler = await client.sampler(await client.session())
+            await client.ok("asample", sample_fields(sampler, 1))
+            start = anyio.current_time()
+            assert await client.ok("retrieve_futures", poll_fields(sampler)) == {"completions": [], "cursor": 0}
+            assert anyio.current_time() - start >= 0.15
+            assert (await client.ok("retrieve_futures", poll_fields(sampler, timeout=0)))["completions"] == []
 
 
 async def test_a_cancelled_sample_frees_its_slot(tmp_path: Path) -> None:
