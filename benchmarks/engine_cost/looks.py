@@ -205,10 +205,9 @@ def _covered(spans: Sequence[tuple[float, float]]) -> float:
 
 @contextmanager
 def _memory(seen: list[Seen]) -> Iterator[None]:
-    """Bytes of the Python objects that came while the block ran, when they were most, by the module that made them; and what
-    the process grew beyond them."""
+    """Bytes of the Python objects that came while the block ran, when they were most, by the module that made them."""
     tracemalloc.start(1)
-    before, most = _resident(), 0
+    most = 0
     stop = threading.Event()
     sizes: Counter[str] = Counter()
 
@@ -219,9 +218,7 @@ def _memory(seen: list[Seen]) -> Iterator[None]:
             if traced < _GROWTH * most:
                 continue
             most = traced
-            native = _resident() - before - tracemalloc.get_tracemalloc_memory() - traced
             sizes.clear()
-            sizes["not Python's: the HTTP client, buffers, gaps"] = native
             for statistic in tracemalloc.take_snapshot().statistics("filename"):
                 sizes[_module(statistic.traceback[0].filename)] += statistic.size
 
@@ -245,7 +242,3 @@ def _module(filename: str) -> str:
     if "site-packages" in parts:
         return parts[parts.index("site-packages") + 1]
     return "Python's library" if f"python{sys.version_info.major}" in filename else Path(filename).name
-
-
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

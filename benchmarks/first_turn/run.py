@@ -66,11 +66,14 @@ class NumberDialect(Dialect):
     def decode(self, tokens: Sequence[int]) -> str:
         return ""
 
-    def _found(self, queries: Any, results: Any) -> str:
-        return ""
+    def extend(self, prompt_tokens: Any, sampled_tokens: Any, queries: Any, results: Any) -> list[int] | None:
+        return [RESULT] + [99] * PASSAGE_TOKENS
 
     def _append(self, prompt_tokens: Any, sampled_tokens: Any, content: str) -> list[int] | None:
-        return [RESULT] + [99] * PASSAGE_TOKENS
+        raise NotImplementedError("every call is valid")
+
+    def _written(self, answer: str) -> str:
+        return answer
 
     def write_call(self, queries: Sequence[str]) -> list[int]:
         return [CALL, END]

@@ -91,6 +91,8 @@ class Contest:
     """More settings of the contender."""
     scripted: Mapping[str, Any] = field(default_factory=dict)
     """More settings of the scripted service."""
+    checkout: Path = ROOT
+    """Whose code the contender runs; the services are always this checkout's."""
 
 
 @dataclass(frozen=True)
@@ -193,11 +195,12 @@ async def _contend(
     environment = child_environment(
         {"TINKER_API_KEY": service.api_key, "TINKER_BASE_URL": service.url, "TINKER_TELEMETRY": "0"}
     )
+    # Only one checkout; behind it, for the cookbook, nothing of this process's environment.
+    environment["PYTHONPATH"] = str(contest.checkout)
     python, home = sys.executable, folder
     if contest.contender == "cookbook":
         python, home = str(await cookbook_python(stage.work)), folder / "home"
-        # Only the repository: this process's other paths are of another environment.
-        environment |= {**cookbook_home(home, contest.questions, contest.split), **google, "PYTHONPATH": str(ROOT)}
+        environment |= {**cookbook_home(home, contest.questions, contest.split), **google}
     else:
         settings |= contest.files(folder)
     (folder / "settings.json").write_text(json.dumps(settings))

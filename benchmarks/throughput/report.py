@@ -20,7 +20,14 @@ NAMES = {
     ("cookbook", "streaming"): "cookbook, `stream_minibatch_config`",
     ("cookbook", "asynchronous"): "cookbook, `async_config` (1 step off)",
 }
-COLORS = {"ours": "#2a6fbb", "cookbook": "#c9803a"}
+NAMES |= {
+    ("before", mode): f"before, {name.removeprefix('ours, ')}" for (who, mode), name in NAMES.items() if who == "ours"
+}
+LATE_SIZE, LAG_GOALS = 128, (0.025, 0.060)
+"""Groups, and seconds of lateness: p99 and ever."""
+MEMORY_GOAL = 100
+"""KB an episode in flight."""
+COLORS = {"ours": "#2a6fbb", "before": "#8fb3d9", "cookbook": "#c9803a"}
 
 
 def report(rows: Sequence[Row], *, keep: bool, in_flight: int | None, note: str = "") -> None:
@@ -104,44 +111,36 @@ def asked(rows: Sequence[Row]) -> str:
 
     for size in sizes:
         streaming, pipelined = by.get(("ours", "streaming", size)), by.get(("ours", "asynchronous", size))
-        peer = by.get(("cookbook", "streaming", size))
         if streaming:
             ratio = streaming["wall"] / streaming["floor"]
-            line("streaming within 10 % of its floor", f"{size} x 8", f"{ratio - 1:+.1%}", ratio <= 1.1)
-        if pipelined and peer:
-            ratio = pipelined["episodes_a_second"] / peer["episodes_a_second"]
+            line("streaming within 12 % of its floor", f"{size} x 8", f"{ratio - 1:+.1%}", ratio <= 1.12)
+        for mode in ("streaming", "asynchronous"):
+            peer = by.get(("cookbook", mode, size))
+            if pipelined and peer:
+                rate = pipelined["episodes_a_second"] / peer["episodes_a_second"]
+                cpu = peer["cpu_ms_an_episode"] / pipelined["cpu_ms_an_episode"]
+                what = f"`max_staleness=1`: 2 times the episodes/s of the cookbook's {mode}, for 1/5 of its client CPU"
+                line(what, f"{size} x 8", f"{rate:.2f} times, 1/{cpu:.1f} of the CPU", rate >= 2 and cpu >= 5)
+    for row in rows:
+        if row["contender"] == "ours" and row["groups"] == LATE_SIZE:
+            measured = f"{1000 * row['lag_p99']:.0f}, {1000 * row['lag_max']:.0f} ms"
+            holds = row["lag_p99"] <= LAG_GOALS[0] and row["lag_max"] <= LAG_GOALS[1]
             line(
-                "`max_staleness=1`: at least 2 times the cookbook's streaming",
-                f"{size} x 8",
-                f"{ratio:.2f}",
-                ratio >= 2,
+                f"{row['mode']}: the loop late by at most 25 ms (p99), 60 ms (ever)",
+                f"{LATE_SIZE} x 8",
+                measured,
+                holds,
             )
-        if pipelined and (other := by.get(("cookbook", "asynchronous", size))):
-            rate = pipelined["episodes_a_second"] / other["episodes_a_second"]
-            cpu = other["cpu_ms_an_episode"] / pipelined["cpu_ms_an_episode"]
-            what = "`max_staleness=1`: faster than the cookbook's asynchronous way, with less client CPU an episode"
-            line(what, f"{size} x 8", f"{rate:.2f} times, 1/{cpu:.1f} of the CPU", rate > 1 and cpu > 1)
-        for ours in (streaming, pipelined):
-            if ours and peer:
-                ratio = ours["cpu_ms_an_episode"] / peer["cpu_ms_an_episode"]
-                what = f"{ours['mode']}: at most 1/5 of the cookbook's streaming in client CPU"
-                line(what, f"{size} x 8", f"1/{1 / ratio:.1f}", ratio <= 0.2)
-    mine = [row for row in rows if row["contender"] == "ours"]
-    if mine:
-        worst = max(mine, key=lambda row: row["lag_max"])
-        own = max(mine, key=lambda row: row["lag_own_max"])
-        measured = f"{1000 * worst['lag_max']:.0f} ms (own: {1000 * own['lag_own_max']:.0f} ms)"
-        line("the loop never late by over 50 ms", f"{worst['groups']} x 8", measured, worst["lag_max"] <= 0.05)
     for mode in ("streaming", "asynchronous"):
         small, large = by.get(("ours", mode, sizes[0])), by.get(("ours", mode, sizes[-1])) if len(sizes) > 1 else None
         if small and large:
-            more = large["in_flight"] - small["in_flight"]
-            kilobytes = (large["memory_growth"] - small["memory_growth"]) / more / 1024 if more else math.inf
-            what = f"{mode}: each further episode in flight takes at most 60 KB"
-            line(what, f"{sizes[0]} to {sizes[-1]} x 8", f"{kilobytes:.0f} KB", kilobytes <= 60)
+            span = f"{sizes[0]} to {sizes[-1]} x 8"
+            kilobytes = further_kilobytes(small, large)
+            what = f"{mode}: each further episode in flight takes at most {MEMORY_GOAL} KB"
+            line(what, span, f"{kilobytes:.0f} KB", kilobytes <= MEMORY_GOAL)
             ratio = large["cpu_ms_an_episode"] / small["cpu_ms_an_episode"]
             what = f"{mode}: CPU an episode does not grow with the batch (at most 1.1 times)"
-            line(what, f"{sizes[0]} to {sizes[-1]} x 8", f"{ratio:.2f} times", ratio <= 1.1)
+            line(what, span, f"{ratio:.2f} times", ratio <= 1.1)
     return "\n".join(lines)
 
 
@@ -166,6 +165,12 @@ NOTES = """How it was measured:
   machine. Its other settings are the recipe's; it speaks Vertex AI and ours the Developer API. Its chat format is `qwen3_instruct`,
   plain ChatML without thinking, as ours.
 - The recipe trains on groups of constant reward too; ours leaves them out, as is its default."""
+
+
+def further_kilobytes(small: Row, large: Row) -> float:
+    """What each further episode in flight takes, by the growth of two runs."""
+    more = large["in_flight"] - small["in_flight"]
+    return (large["memory_growth"] - small["memory_growth"]) / more / 1024 if more else math.inf
 
 
 def picture(rows: Sequence[Row], path: Path) -> None:

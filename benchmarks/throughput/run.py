@@ -4,16 +4,13 @@
     python -m benchmarks throughput --work FOLDER --sizes 8 16 --runs ours/streaming cookbook/streaming
     python -m benchmarks throughput --work FOLDER --sizes 32 64 --keep \\
         --runs ours/streaming ours/asynchronous cookbook/streaming cookbook/asynchronous
+    python -m benchmarks throughput --work FOLDER --before CHECKOUT --runs before/streaming ours/streaming
     python -m benchmarks throughput --work FOLDER --in-flight 4096
 
 Runs the embedded service with a scripted model (benchmarks/throughput/model.py), a real `chroma run` and a stand-in for Gemini, each
 in its own process. Each contender trains in a fresh process, against a fresh service and stand-in, on the same episodes in the same
 batches (benchmarks/shared/scripted_episodes.py). tinker-cookbook is installed from PyPI into the work folder at the first run. The
-floor is what the service's drawn latencies allow (benchmarks/throughput/floor.py).
-
-Goals: streaming within 10 % of its floor; with `max_staleness=1` at least twice the episodes per second of the recipe's streaming, at
-a fifth of its client CPU; the event loop never over 50 ms late; at most 60 KB per episode in flight; CPU per episode that does not
-grow with the batch.
+floor is what the service's drawn latencies allow (benchmarks/throughput/floor.py). Goals are in the report.
 """
 
 from __future__ import annotations
@@ -45,6 +42,7 @@ from benchmarks.shared.contenders import (
     staged,
     tokenizer_folder,
 )
+from benchmarks.shared.processes import ROOT
 from benchmarks.shared.scripted_episodes import GROUP_SIZE, World, make_world, shuffled_to
 from benchmarks.throughput.figures import figures
 from benchmarks.throughput.report import report
@@ -61,6 +59,8 @@ STEPS = {"synchronous": 2, "streaming": 2, "asynchronous": 3}
 """Optimizer steps a run; the pipelined ways need more to show that steps overlap."""
 OURS = tuple(f"ours/{mode}" for mode in STEPS)
 COOKBOOKS = tuple(f"cookbook/{mode}" for mode in STEPS)
+BEFORES = tuple(f"before/{mode}" for mode in STEPS)
+"""Ours of another checkout."""
 PIPELINED = ("ours/streaming", "ours/asynchronous")
 PLAN = {64: (*OURS, *COOKBOOKS), 128: (*OURS, "cookbook/streaming"), 256: PIPELINED, 512: ("ours/asynchronous",)}
 """The runs of each size in groups: the recipe's ways take too long for the larger ones."""
@@ -79,6 +79,8 @@ class Job:
     loss: str | None = None
     """Of the asynchronous ways; None is each contender's own default. The others learn on-policy by theirs."""
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    checkout: Path = ROOT
+    """Whose code plays."""
 
     @property
     def batches(self) -> list[range]:
@@ -117,7 +119,7 @@ def contest_of(world: World, job: Job, family: str = "throughput", **more: Any) 
 
     return Contest(
         family=family,
-        contender=job.contender,
+        contender="ours" if job.contender == "before" else job.contender,
         label=f"{job.mode}-{job.groups}",
         timeout=TIMEOUT,
         questions=pl.DataFrame(rows_of(world, shuffled_to(subjects, random.Random(SEED)))).drop("id"),
@@ -136,6 +138,7 @@ def contest_of(world: World, job: Job, family: str = "throughput", **more: Any) 
             **more,
         },
         scripted={"training": dataclasses.asdict(TIMES), "seed": SEED},
+        checkout=job.checkout,
     )
 
 
@@ -188,7 +191,8 @@ def planned(options: argparse.Namespace) -> list[Job]:
         for name in options.runs or PLAN.get(size, (*OURS, *COOKBOOKS)):
             contender, _, mode = name.partition("/")
             own = dict(options.ours) if contender == "ours" else {}
-            jobs.append(Job(contender, mode, size, options.steps or STEPS[mode], options.loss, own))
+            checkout = options.before if contender == "before" else ROOT
+            jobs.append(Job(contender, mode, size, options.steps or STEPS[mode], options.loss, own, checkout))
     return jobs
 
 
@@ -212,8 +216,9 @@ def main() -> None:
     )
     parser.add_argument("--sizes", type=int, nargs="+", default=list(PLAN), help="groups a batch")
     parser.add_argument(
-        "--runs", nargs="+", choices=(*OURS, *COOKBOOKS), help="which ones; all of each size by default"
+        "--runs", nargs="+", choices=(*OURS, *COOKBOOKS, *BEFORES), help="which ones; all of each size by default"
     )
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="a folder whose code runs as `before/…`")
     parser.add_argument("--steps", type=int, help="optimizer steps a run; by default as each way needs")
     parser.add_argument("--loss", help="of the asynchronous ways; by default each contender's own")
     parser.add_argument("--keep", action="store_true", help="writes the result of a selection, as that of all runs is")
@@ -226,6 +231,8 @@ def main() -> None:
         "--ours", type=option, nargs="+", default=[], metavar="NAME=VALUE", help="further arguments of `train`, to try"
     )
     options = parser.parse_args()
+    if options.before is None and any(name in BEFORES for name in options.runs or ()):
+        parser.error("--runs before/… needs --before CHECKOUT")
     with tempfile.TemporaryDirectory() as once:
         work = (options.work or Path(once)).resolve()
         work.mkdir(parents=True, exist_ok=True)
