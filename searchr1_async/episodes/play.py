@@ -130,9 +130,16 @@ class _Course:
         appended: list[int] = []
         if self.stop_reason is None and call is not None:
             call, appended = await self._carry_out(call, sampled)
-        text = self.dialect.decode(sampled.sampled_tokens)
-        self.turns.append(replace(sampled, text=text, content=content, call=call, appended_tokens=tuple(appended)))
-        self.tokens = (*self.tokens, *sampled.sampled_tokens, *appended)
+        taken = replace(
+            sampled,
+            sampled_tokens=_shared(sampled.sampled_tokens),
+            text=self.dialect.decode(sampled.sampled_tokens),
+            content=content,
+            call=call,
+            appended_tokens=_shared(appended),
+        )
+        self.turns.append(taken)
+        self.tokens += taken.sampled_tokens + taken.appended_tokens
 
     async def _carry_out(self, call: SearchCall, sampled: Turn) -> tuple[SearchCall, list[int]]:
         """Runs the call; returns it with its results, and the tokens to append."""
@@ -173,6 +180,15 @@ class _Course:
         if self.raises_faults:
             raise fault
         self.stop_reason, self.error = StopReason.FAILED, f"{type(fault).__name__}: {fault}"
+
+
+_token_ids: dict[int, int] = {}
+"""Every token id that was seen: a vocabulary at most."""
+
+
+def _shared(tokens: Sequence[int]) -> tuple[int, ...]:
+    """The same tokens, equal ids as one object: each would take 28 bytes, and an episode has several hundred."""
+    return tuple(map(_token_ids.setdefault, tokens, tokens))
 
 
 def _outcome(
