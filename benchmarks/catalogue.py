@@ -28,7 +28,7 @@ class Benchmark:
 BENCHMARKS = (
     Benchmark("throughput", "How near does training come to the service's own speed, beside tinker-cookbook?", "~40"),
     Benchmark(
-        "engine_cost", "What does an episode cost the client in CPU and memory, and who makes its loop late?", "~30"
+        "engine_cost", "What does an episode cost the client in CPU and memory, and who makes its loop late?", "~35"
     ),
     Benchmark("off_policy", "Does learning from weights up to 8 batches old still learn?", "75"),
     Benchmark("workers", "How much do worker processes speed up rollouts where the client is the limit?", "~3"),
