@@ -110,14 +110,15 @@ def test_what_is_shown_is_limited() -> None:
 
 
 class JudgingPolicy(ScriptedPolicy):
-    """Replies with ``say(user message)`` and counts concurrent requests."""
+    """Replies with ``say(user message)`` and counts concurrent requests; answers none until ``company`` of them wait."""
 
-    def __init__(self, tokenizer: Any, say: Callable[[str], str]) -> None:
+    def __init__(self, tokenizer: Any, say: Callable[[str], str], company: int = 1) -> None:
         super().__init__(self._answer)
         self._tokenizer, self._say = tokenizer, say
         self.texts: list[str] = []
         self.asked: list[dict[str, Any]] = []
         self.now = self.most = 0
+        self._company, self._is_complete = company, anyio.Event()
 
     def _answer(self, prompt: list[int]) -> Sequence[int]:
         self.texts.append(self._tokenizer.decode(prompt))
@@ -129,6 +130,10 @@ class JudgingPolicy(ScriptedPolicy):
         self.now += 1
         self.most = max(self.most, self.now)
         try:
+            if self.now == self._company:
+                self._is_complete.set()
+            with anyio.fail_after(20):
+                await self._is_complete.wait()
             await anyio.lowlevel.checkpoint()
             return await super().sample_many(prompt_tokens, count, **asked)
         finally:
@@ -163,7 +168,7 @@ async def test_no_answer_ends_the_message_that_it_stands_in(tokenizer: Any) -> N
 
 
 async def test_many_are_asked_at_a_time_and_no_more_than_allowed(tokenizer: Any) -> None:
-    policy = JudgingPolicy(tokenizer, says_yes_to_etna)
+    policy = JudgingPolicy(tokenizer, says_yes_to_etna, company=7)
     items = [(QUESTION, f"answer {number}") for number in range(60)]
     assert await judged(items, policy, tokenizer, at_once=7) == dict.fromkeys(range(60), 0.0)
     assert policy.most == 7
