@@ -293,7 +293,6 @@ async def test_a_shared_poll_reports_the_samples_of_its_own_client(client: Raw) 
         assert answer["cursor"] > cursor, "an answer before its time is up reports something"
         cursor = answer["cursor"]
         seen |= {each["request_id"]: each for each in answer["completions"]}
-    assert list(seen) == sorted(seen, key=lambda id: int(id.partition("-")[2]))
     sizes = [len(await client.result(future)) for future in futures]
     for future, size in zip(futures, sizes, strict=True):
         id = future["request_id"]
