@@ -30,46 +30,45 @@ from benchmarks.shared.monitor import Observed
 SAMPLES_PER_SECOND = 100
 LONG_CALLBACK = 0.005
 """Seconds; callbacks of an event loop that take less are not kept."""
-_SDK_PARTS = 4
-_TRACE_EVERY = 1.0
-_GROWTH = 1.1
+TRACE_EVERY = 1.0
+"""Seconds between two looks at how much is traced."""
+GROWTH = 1.1
 """Traced memory is written down again once it has grown by this factor."""
 
-PARTS = (
-    ("SDK: send a request", r"_send_asample_request"),
-    ("SDK: fetch a result", r"api_future_impl|session_futures_poller"),
-    ("SDK: train", r"/tinker/.*training"),
-    ("SDK: hand over, retry, count", r"/tinker/"),
-    ("ours: train", r"searchr1_async/training/"),
-    ("ours: render and read", r"searchr1_async/episodes/(rendering|formats|prompts)"),
-    ("ours: play and score", r"searchr1_async/episodes/(play|rewards|types)"),
-    ("ours: search", r"searchr1_async/search/"),
-    ("ours: gate, engine", r"searchr1_async/rollout/"),
-    ("ours: records and events", r"searchr1_async/(records|runs|events|episodes/table|boundary|watch)"),
-    ("ours: search", r"/(chromadb|aiohttp|google)/"),
-    ("event loop itself", r"asyncio/|selectors|anyio/"),
-    ("numpy, polars, torch", r"/(numpy|polars|torch)/"),
-)
-"""A part's name and the pattern of its frames: of the SDK the first that any frame matches, then ours by the innermost frame,
-then the rest."""
+SDK_PARTS = {
+    "SDK: send a request": r"_send_asample_request",
+    "SDK: fetch a result": r"api_future_impl|session_futures_poller",
+    "SDK: train": r"/tinker/[^;]*training",
+    "SDK: hand over, retry, count": r"/tinker/",
+}
+"""Parts and the pattern of their frames: the first that any frame of a stack matches. They come before ours, which wait for the SDK."""
+OUR_PARTS = {
+    "ours: train": r"searchr1_async/training/",
+    "ours: render and read": r"searchr1_async/episodes/(rendering|formats|prompts)",
+    "ours: play and score": r"searchr1_async/episodes/(play|rewards|types)",
+    "ours: search": r"searchr1_async/search/|/(chromadb|aiohttp|google)/",
+    "ours: gate, engine": r"searchr1_async/rollout/",
+    "ours: records and events": r"searchr1_async/(records|runs|events|episodes/table|boundary|watch)",
+}
+"""Then the part of the innermost frame that matches one."""
+OTHER_PARTS = {
+    "event loop itself": r"asyncio/|selectors|anyio/",
+    "numpy, polars, torch": r"/(numpy|polars|torch)/",
+}
+"""Then the first of these that any frame matches."""
 OTHER = "other"
 
 
 def part_of(stack: str) -> str:
     """The part to which a stack belongs, outermost frame first, joined by `;`."""
-    frames = stack.split(";")
-    # The SDK's own frames decide before ours below them: `sample` of ours only waits for it.
-    for name, pattern in PARTS[:_SDK_PARTS]:
-        if any(re.search(pattern, frame) for frame in frames):
-            return name
-    for frame in reversed(frames):
-        for name, pattern in PARTS[_SDK_PARTS:-2]:
-            if re.search(pattern, frame):
-                return name
-    for name, pattern in PARTS[-2:]:
-        if any(re.search(pattern, frame) for frame in frames):
-            return name
-    return OTHER
+    innermost_first = stack.split(";")[::-1]
+    return _first(SDK_PARTS, [stack]) or _first(OUR_PARTS, innermost_first) or _first(OTHER_PARTS, [stack]) or OTHER
+
+
+def _first(parts: Mapping[str, str], frames: Sequence[str]) -> str | None:
+    """The part of the first frame that has one."""
+    found = (name for frame in frames for name, pattern in parts.items() if re.search(pattern, frame))
+    return next(found, None)
 
 
 @dataclass(frozen=True)
@@ -213,9 +212,9 @@ def _memory(seen: list[Seen]) -> Iterator[None]:
 
     def watch() -> None:
         nonlocal most
-        while not stop.wait(_TRACE_EVERY):
+        while not stop.wait(TRACE_EVERY):
             traced, _ = tracemalloc.get_traced_memory()
-            if traced < _GROWTH * most:
+            if traced < GROWTH * most:
                 continue
             most = traced
             sizes.clear()

@@ -5,16 +5,13 @@ python -m benchmarks.engine_cost.ours SETTINGS.json
 
 from __future__ import annotations
 
-import asyncio
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import searchr1_async as sr
 from benchmarks.engine_cost.looks import looking
 from benchmarks.evaluation_throughput.marks import import_all
-from benchmarks.shared.monitor import log_to, observing
+from benchmarks.shared.monitor import observing, run_contender
 from benchmarks.throughput.ours import episode_settings, make_search, train
 
 
@@ -38,11 +35,5 @@ async def play(settings: dict[str, Any]) -> None:
             await work(settings)
 
 
-def main() -> None:
-    settings = json.loads(Path(sys.argv[1]).read_text())
-    log_to(Path(settings["log"]))
-    asyncio.run(play(settings))
-
-
 if __name__ == "__main__":
-    main()
+    run_contender(play)

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import polars as pl
 
 from benchmarks.engine_cost.looks import OTHER
-from benchmarks.shared.report import write_result
-from benchmarks.throughput.report import LAG_GOALS, LATE_SIZE, MEMORY_GOAL, further_kilobytes
+from benchmarks.shared.client_figures import (
+    CLIENT_COLUMNS,
+    LATE_SIZE,
+    Row,
+    client_cells,
+    lateness_goal,
+    memory_goal,
+)
+from benchmarks.shared.report import Goal, goals_table, write_result
 
-Row = Mapping[str, Any]
 NAMES = {"train": "training, `max_staleness=1`", "rollouts": "rollouts alone", "sdk": "the SDK alone"}
 CPU_GOAL = 4.0
 """Milliseconds an episode."""
 NATIVE = "the rest of the process's growth: native buffers, gaps (below 0: imported before the first sample)"
 _LISTED = 12
-_MB = 2**20
 
 
 def report(rows: Sequence[Row], *, keep: bool) -> None:
@@ -42,17 +46,12 @@ def report(rows: Sequence[Row], *, keep: bool) -> None:
 def costs(rows: Sequence[Row]) -> str:
     """One line a run that nothing looked at."""
     lines = [
-        "| groups x 8 | client | episodes/s | CPU an episode | peak memory (growth an episode in flight) "
-        "| loop late, p99 (max) | of that its own | most in flight | load before |",
+        f"| groups x 8 | client | episodes/s | {CLIENT_COLUMNS} | load before |",
         "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in _plain(rows).values():
         lines.append(
-            f"| {row['groups']} | {NAMES[row['client']]} | {row['episodes'] / row['wall']:.1f} "
-            f"| {row['cpu_ms_an_episode']:.1f} ms "
-            f"| {row['memory_peak'] / _MB:.0f} MB ({row['memory_growth'] / row['in_flight'] / 1024:.0f} KB) "
-            f"| {1000 * row['lag_p99']:.0f} ({1000 * row['lag_max']:.0f}) ms "
-            f"| {1000 * row['lag_own_p99']:.0f} ({1000 * row['lag_own_max']:.0f}) ms | {row['in_flight']:,} "
+            f"| {row['groups']} | {NAMES[row['client']]} | {row['episodes'] / row['wall']:.1f} | {client_cells(row)} "
             f"| {row['load_before']:.1f} |"
         )
     return "\n".join(lines)
@@ -61,29 +60,19 @@ def costs(rows: Sequence[Row]) -> str:
 def asked(rows: Sequence[Row]) -> str:
     """The goals, and whether they are met."""
     plain = _plain(rows)
-    lines = ["| asked | size | measured | holds |", "| --- | ---: | ---: | --- |"]
-
-    def line(what: str, size: str, measured: str, holds: bool) -> None:
-        lines.append(f"| {what} | {size} | {measured} | {'yes' if holds else 'NO'} |")
-
     sizes = sorted({groups for _, groups in plain})
+    goals = []
     for size in sizes:
         if (train := plain.get(("train", size))) and (sdk := plain.get(("sdk", size))):
             ours = train["cpu_ms_an_episode"] - sdk["cpu_ms_an_episode"]
-            line(
-                f"at most {CPU_GOAL:g} ms of CPU an episode beside the SDK", f"{size} x 8", f"{ours:.1f} ms", ours <= 4
-            )
+            what = f"at most {CPU_GOAL:g} ms of CPU an episode beside the SDK"
+            goals.append(Goal(what, f"{size} x 8", f"{ours:.1f} ms", ours <= CPU_GOAL))
     if late := plain.get(("train", LATE_SIZE)):
-        shown = f"{1000 * late['lag_p99']:.0f}, {1000 * late['lag_max']:.0f} ms"
-        holds = late["lag_p99"] <= LAG_GOALS[0] and late["lag_max"] <= LAG_GOALS[1]
-        line("the loop late by at most 25 ms (p99) and 60 ms (ever)", f"{LATE_SIZE} x 8", shown, holds)
+        goals.append(lateness_goal(late, "training"))
     trained = [plain["train", size] for size in sizes if ("train", size) in plain]
     if len(trained) > 1:
-        first, last = trained[0], trained[-1]
-        grown = further_kilobytes(first, last)
-        what = f"each further episode in flight takes at most {MEMORY_GOAL} KB"
-        line(what, f"{first['groups']} to {last['groups']} x 8", f"{grown:.0f} KB", grown <= MEMORY_GOAL)
-    return "\n".join(lines)
+        goals.append(memory_goal(trained[0], trained[-1], "training"))
+    return goals_table(goals)
 
 
 def cpu(rows: Sequence[Row]) -> str:
@@ -101,7 +90,7 @@ def lateness(rows: Sequence[Row]) -> str:
     lines = []
     for row in _looked(rows, "late"):
         lines += [
-            f"The loop at {row['groups']} x 8 was late for {row['late_seconds']:.1f} s of {row['wall']:.0f} s, while these "
+            f"The loop at {row['groups']} x 8 was late for {row['late_seconds']:.1f} s, the start included, while these "
             "callbacks of over 5 ms ran in our thread or in the SDK's (several may at once):",
             "",
             "| callback | seconds of lateness | times | longest |",

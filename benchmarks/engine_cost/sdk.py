@@ -9,9 +9,7 @@ tokens as three passages take.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ import tinker
 from tinker import types
 from transformers import AutoTokenizer
 
-from benchmarks.shared.monitor import log_to, observing
+from benchmarks.shared.monitor import observing, run_contender
 from benchmarks.shared.scripted_episodes import GROUP_SIZE, INSTRUCTIONS, WORLD_VARIABLE, World
 
 PASSAGES = 420
@@ -60,16 +58,10 @@ async def play(settings: dict[str, Any]) -> None:
     said = [*tokenizer.encode("<|im_start|>user\n", add_special_tokens=False), *inner]
     said += tokenizer.encode("<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)
     service = await asyncio.to_thread(tinker.ServiceClient, base_url=settings["url"])
-    client = await service.create_sampling_client_async(base_model=settings["model"])
+    client = await service.create_sampling_client(base_model=settings["model"])
     async with observing(Path(settings["observed"])):
         await asyncio.gather(*(play_group(client, tokenizer, world, subject, said) for subject in settings["subjects"]))
 
 
-def main() -> None:
-    settings = json.loads(Path(sys.argv[1]).read_text())
-    log_to(Path(settings["log"]))
-    asyncio.run(play(settings))
-
-
 if __name__ == "__main__":
-    main()
+    run_contender(play)

@@ -9,13 +9,11 @@ them out instead of asking: where Chroma is (``localhost:8000``), and how many q
 from __future__ import annotations
 
 import asyncio
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks.evaluation_throughput.marks import import_all, marking, prepare_service
-from benchmarks.shared.monitor import log_to, observing
+from benchmarks.shared.monitor import observing, run_contender
 
 
 async def play(settings: dict[str, Any]) -> None:
@@ -58,11 +56,5 @@ async def play(settings: dict[str, Any]) -> None:
             marks.right = sum(rights)
 
 
-def main() -> None:
-    settings = json.loads(Path(sys.argv[1]).read_text())
-    log_to(Path(settings["log"]))
-    asyncio.run(play(settings))
-
-
 if __name__ == "__main__":
-    main()
+    run_contender(play)

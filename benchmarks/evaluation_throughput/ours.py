@@ -8,29 +8,23 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.evaluation_throughput.marks import import_all, marking, prepare_service
-from benchmarks.shared.monitor import log_to, observing
+from benchmarks.shared.monitor import observing, run_contender
 
 
 async def evaluated(settings: dict[str, Any], weights: str, suites: Mapping[str, str], out: str) -> int:
     """Questions that were answered right, of the suites in these files."""
     import searchr1_async as sr
     from benchmarks.shared.scripted_episodes import INSTRUCTIONS
+    from benchmarks.throughput.ours import make_search
 
-    search = sr.Search(
-        sr.search.GeminiEmbedder(api_key=settings["gemini_key"], base_url=settings["gemini"]),
-        sr.search.RemoteChroma("127.0.0.1", settings["chroma"], settings["collection"]),
-        n_results=settings["n_results"],
-    )
     report = await sr.evaluate(
         suites,
-        search,
+        make_search(settings),
         {"evaluated": weights},
         sr.EvalConfig(
             model=settings["model"],
@@ -63,11 +57,5 @@ async def play(settings: dict[str, Any]) -> None:
             marks.right = sum(rights)
 
 
-def main() -> None:
-    settings = json.loads(Path(sys.argv[1]).read_text())
-    log_to(Path(settings["log"]))
-    asyncio.run(play(settings))
-
-
 if __name__ == "__main__":
-    main()
+    run_contender(play)

@@ -9,6 +9,7 @@ from typing import Any
 import polars as pl
 
 from benchmarks.evaluation_throughput.load import MOST_QUESTIONS
+from benchmarks.shared.client_figures import lag_cells
 from benchmarks.shared.report import RESULTS, write_result
 
 Row = Mapping[str, Any]
@@ -74,8 +75,7 @@ def costs(rows: Sequence[Row]) -> str:
         lines.append(
             f"| {row['places']} | 7 x {row['questions']} | {name_of(row)} | {row['cpu_ms_an_episode']:.1f} ms "
             f"| {row['memory_peak'] / 2**20:.0f} MB ({row['memory_growth'] / 2**20:.0f} MB) "
-            f"| {1000 * row['lag_p99']:.0f} ({1000 * row['lag_max']:.0f}) ms "
-            f"| {1000 * row['lag_own_p99']:.0f} ({1000 * row['lag_own_max']:.0f}) ms "
+            f"| {lag_cells(row)} "
             f"| {row['service_requests']:,} ({row['turns']:,}) | {row['embedding_requests']:,} | {row['chroma_requests']:,} |"
         )
     return "\n".join(lines)

@@ -193,14 +193,13 @@ async def _contend(
         **contest.settings,
     }
     environment = child_environment(
-        {"TINKER_API_KEY": service.api_key, "TINKER_BASE_URL": service.url, "TINKER_TELEMETRY": "0"}
+        {"TINKER_API_KEY": service.api_key, "TINKER_BASE_URL": service.url, "TINKER_TELEMETRY": "0"}, contest.checkout
     )
-    # Only one checkout; behind it, for the cookbook, nothing of this process's environment.
-    environment["PYTHONPATH"] = str(contest.checkout)
     python, home = sys.executable, folder
     if contest.contender == "cookbook":
         python, home = str(await cookbook_python(stage.work)), folder / "home"
-        environment |= {**cookbook_home(home, contest.questions, contest.split), **google}
+        # Only the repository: this process's other paths are of another environment.
+        environment |= {**cookbook_home(home, contest.questions, contest.split), **google, "PYTHONPATH": str(ROOT)}
     else:
         settings |= contest.files(folder)
     (folder / "settings.json").write_text(json.dumps(settings))

@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -143,6 +143,13 @@ def _count_requests(observed: Observed) -> None:
 
     httpx.AsyncClient.send = counted_send  # pyright: ignore[reportAttributeAccessIssue]
     aiohttp.ClientSession._request = counted_request  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def run_contender(play: Callable[[dict[str, Any]], Coroutine[Any, Any, None]]) -> None:
+    """The main program of a contender: plays the settings in the file that its argument names, and logs to the file that they name."""
+    settings = json.loads(Path(sys.argv[1]).read_text())
+    log_to(Path(settings["log"]))
+    asyncio.run(play(settings))
 
 
 def log_to(path: Path) -> None:

@@ -16,7 +16,11 @@ def command_of(module: str, *arguments: str, python: str = sys.executable) -> li
     return [python, "-m", module, *arguments]
 
 
-def child_environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process's environment, in which a child finds `benchmarks` and the package from any folder, and prints at once."""
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+def child_environment(more: Mapping[str, str] | None = None, checkout: Path = ROOT) -> dict[str, str]:
+    """This process's environment, in which a child finds `benchmarks` and the package from any folder, and prints at once.
+
+    Args:
+        checkout: whose code it finds.
+    """
+    paths = [str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", **(more or {})}

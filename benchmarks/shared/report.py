@@ -8,9 +8,10 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import polars as pl
 
@@ -41,6 +42,22 @@ def provenance() -> str:
             f"- command: `{f'{sys.argv[0]} {arguments}'.strip()}`",
         ]
     )
+
+
+class Goal(NamedTuple):
+    """What was asked, and what was measured."""
+
+    what: str
+    size: str
+    measured: str
+    holds: bool
+
+
+def goals_table(goals: Iterable[Goal]) -> str:
+    """One line a goal."""
+    lines = ["| asked | size | measured | holds |", "| --- | ---: | ---: | --- |"]
+    lines += [f"| {goal.what} | {goal.size} | {goal.measured} | {'yes' if goal.holds else 'NO'} |" for goal in goals]
+    return "\n".join(lines)
 
 
 def write_result(name: str, title: str, body: Sequence[str], table: pl.DataFrame) -> Path:

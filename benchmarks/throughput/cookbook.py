@@ -10,13 +10,10 @@ downloads them to, and Google's own variables name the stand-in for Gemini.
 
 from __future__ import annotations
 
-import asyncio
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.shared.monitor import log_to, observing
+from benchmarks.shared.monitor import observing, run_contender
 
 
 async def play(settings: dict[str, Any]) -> None:
@@ -65,11 +62,5 @@ async def play(settings: dict[str, Any]) -> None:
         await train.main(config)
 
 
-def main() -> None:
-    settings = json.loads(Path(sys.argv[1]).read_text())
-    log_to(Path(settings["log"]))
-    asyncio.run(play(settings))
-
-
 if __name__ == "__main__":
-    main()
+    run_contender(play)

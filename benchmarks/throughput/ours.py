@@ -5,14 +5,11 @@ python -m benchmarks.throughput.ours SETTINGS.json
 
 from __future__ import annotations
 
-import asyncio
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import searchr1_async as sr
-from benchmarks.shared.monitor import log_to, observing
+from benchmarks.shared.monitor import observing, run_contender
 from benchmarks.shared.scripted_episodes import INSTRUCTIONS
 
 MODES: dict[str, dict[str, Any]] = {
@@ -63,11 +60,5 @@ async def play(settings: dict[str, Any]) -> None:
         await train(settings)
 
 
-def main() -> None:
-    settings = json.loads(Path(sys.argv[1]).read_text())
-    log_to(Path(settings["log"]))
-    asyncio.run(play(settings))
-
-
 if __name__ == "__main__":
-    main()
+    run_contender(play)
