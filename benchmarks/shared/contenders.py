@@ -29,6 +29,7 @@ from benchmarks.shared.gemini_stand_in import StandInSettings, counts_of, stand_
 from benchmarks.shared.monitor import Observed
 from benchmarks.shared.processes import ROOT, child_environment, command_of
 from benchmarks.shared.scripted_episodes import WORLD_VARIABLE, World, make_passages
+from searchr1_async.errors import ungrouped
 from searchr1_async.local import LocalService, Scripted, local_service
 from searchr1_async.local.model_files import DEFAULT_MODEL, resolve_model
 from searchr1_async.local.process import Served
@@ -127,7 +128,9 @@ async def measured(jobs: Sequence[JobT], play: Callable[[JobT], Awaitable[dict[s
     for job in jobs:
         began = time.monotonic()
         try:
-            row = await play(job)
+            # A contender fails within the task groups of its services.
+            with ungrouped(RuntimeError):
+                row = await play(job)
         except (RuntimeError, ValueError) as error:
             print(f"{job}: {error}", file=sys.stderr, flush=True)
             continue
