@@ -127,7 +127,12 @@ async def rollout(
     weights = find_weights(given["checkpoint"], service_folder=given["service_folder"])
     items = load_questions(questions)
     async with playing(
-        search, config, weights, service, reward=reward, tells_differences=True, progress=progress, emit=on_event
+        *(search, config, weights, service),
+        questions=len(items),
+        reward=reward,
+        tells_differences=True,
+        progress=progress,
+        emit=on_event,
     ) as (engine, policy, play):
         return await play_all(engine, items, policy, samples=play.group_size, phase="rollout", label="")
     raise AssertionError("playing() hides no exception")

@@ -3,7 +3,7 @@
     python -m benchmarks engine_cost --work FOLDER
     python -m benchmarks engine_cost --work FOLDER --sizes 64 --runs train train/cpu
 
-The load is that of the throughput benchmark. Three clients take turns: training with `max_staleness=1` (all parts), rollouts alone
+The load is that of the throughput benchmark, all in one process. Three clients take turns: training with `max_staleness=1` (all parts), rollouts alone
 (without a trainer), the SDK alone (the same turns of the same lengths, without searching, reading and recording). A cost is that
 of a run that nothing looks at; further training runs, each in a fresh process, are looked at for one thing: `cpu` by a sampling
 profiler (`pip install py-spy`), `late` by timing the callbacks of every event loop, `memory` by tracing allocations.
@@ -56,7 +56,7 @@ async def play(stage: Stage[World], look: Look) -> dict[str, Any]:
         "rollouts": ("ours", "rollouts"),
         "sdk": ("sdk", "sdk"),
     }[look.client]
-    job = Job(contender, mode, look.groups, STEPS)
+    job = Job(contender, mode, look.groups, STEPS, options={"workers": 1})
     subjects = [subject for batch in job.batches for subject in batch]
     contest = contest_of(stage.world, job, "engine_cost", look=look.look, subjects=subjects)
     async with contended(stage, contest) as done:

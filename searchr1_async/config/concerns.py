@@ -176,13 +176,14 @@ class SamplingSettings(Checked):
     deadline: Seconds = field(default=1800.0, metadata={"flat": "sampling_deadline"})
     """Seconds per turn, queueing at the service and retries included; then the episode fails."""
     max_episodes_in_flight: Count = 4096
-    """Episodes in flight over all processes, which bounds memory (at most 60 KB each). How many sample at once adapts."""
+    """Episodes in flight over all processes, which bounds memory (0.1 MB each). How many sample at once adapts."""
     first_turn: FirstTurn = "auto"
     """Sample a group's first turns with one request (``shared``: less client CPU, but every member waits for the slowest) or one
     per member (``split``). ``auto``: shared in training and rollouts, split in evaluations."""
-    workers: Count | Literal["auto"] = 1
-    """Rollout processes. 1: this one. 2 or more: that many workers (0.4 GB each), and this process only searches, scores and
-    trains. ``auto``: starts with this process and adds workers, up to the number of cores, while all are CPU-bound."""
+    workers: Count | Literal["auto"] = "auto"
+    """Rollout processes. 1: this one. 2 or more: that many workers (0.2 GB each), and this process only searches, scores and
+    trains, so that its event loop stays free. ``auto``: this process below 512 episodes in flight; from there on one worker, and
+    one for every 1,024 episodes while a core is left for this process."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -228,12 +228,13 @@ class Playing:
         """Systems with equal settings share an engine; the next starts while the last episodes of the previous finish."""
         job, began = self._job, anyio.current_time()
         play = job.settings_of(systems[0])
+        missing = sum(self._missing(each.label) for each in systems)
         policies = [(each, await policy_of(service, each.weights, play.sampling)) for each in systems]
         self._emit(PhaseStarted("evaluate", self._total, "episodes", ", ".join(each.label for each in systems)))
         self._emit(PhaseAdvanced("evaluate", self._finished))
         async with (
             self._writer.writing(),
-            opened_engine(service, spec, job.search, play, self._emit) as engine,
+            opened_engine(service, spec, job.search, play, self._emit, episodes=missing) as engine,
         ):
             # Silences training-episode events: the phase reports progress.
             await engine.play_groups(self._groups(replace(engine, emit=emit_nothing), policies))

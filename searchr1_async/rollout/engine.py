@@ -9,14 +9,15 @@ from __future__ import annotations
 import itertools
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import anyio
 
 from searchr1_async.billing import TokenUsage, total_usage
 from searchr1_async.boundary.paths import raise_limit
+from searchr1_async.boundary.waits import usable_cores
 from searchr1_async.config import SamplingSettings
 from searchr1_async.episodes.formats import Dialect
 from searchr1_async.episodes.play import SearchTool
@@ -24,12 +25,12 @@ from searchr1_async.episodes.rewards import RewardFunction, score
 from searchr1_async.episodes.types import Episode, Group, Passage, Question
 from searchr1_async.errors import TooManyFailuresError
 from searchr1_async.events import Emit, EpisodeFinished, Notice, RolloutSampled, emit_nothing
-from searchr1_async.rollout.elastic import open_player
 from searchr1_async.rollout.event_loop import Pulse, PulseReading, rare_collections
 from searchr1_async.rollout.gate import SampleGate, gate_metrics
 from searchr1_async.rollout.limit import LimitSettings, SampleLimit
 from searchr1_async.rollout.messages import WorkerSpec
 from searchr1_async.rollout.player import GroupPlayer, GroupPolicy, GroupTask, LocalPlayer
+from searchr1_async.rollout.worker_pool import WorkerPool, worker_processes
 
 
 @dataclass(slots=True)
@@ -265,12 +266,19 @@ async def open_engine(
     reward: RewardFunction,
     group_size: int,
     max_failed_fraction: float,
+    episodes: int,
     emit: Emit,
     search_metrics: Callable[[], Mapping[str, float]] = dict,
 ) -> AsyncIterator[RolloutEngine]:
     """Opens an engine that runs in this process, or in workers as set by ``sampling.workers``.
 
     While open, it emits :class:`~searchr1_async.events.RolloutSampled` at 4 Hz.
+
+    Args:
+        episodes: as many as the work can have in flight.
+
+    Raises:
+        ServiceError: a worker did not start.
     """
     files, bounds = raise_limit(), LimitSettings(most=sampling.max_episodes_in_flight)
     if (warning := files.warning(min(bounds.most, bounds.most_requests))) is not None:
@@ -286,7 +294,7 @@ async def open_engine(
     with rare_collections():
         async with (
             Pulse(hear) as pulse,
-            open_player(local, gate, spec, search, sampling) as player,
+            _player(local, spec, search, sampling, episodes, emit) as player,
             anyio.create_task_group() as tasks,
         ):
             tasks.start_soon(telemetry.tell, player)
@@ -295,3 +303,18 @@ async def open_engine(
             )
             tasks.cancel_scope.cancel()
             telemetry.tell_once(player)
+
+
+def _player(
+    local: LocalPlayer, spec: WorkerSpec, search: SearchTool, sampling: SamplingSettings, episodes: int, emit: Emit
+) -> AbstractAsyncContextManager[GroupPlayer]:
+    """``local``, or the workers that ``sampling.workers`` asks for."""
+    episodes = min(episodes, sampling.max_episodes_in_flight)
+    processes = worker_processes(sampling.workers, episodes, usable_cores())
+    if not processes:
+        return nullcontext(local)
+    if sampling.workers == "auto":
+        named = "1 worker process" if processes == 1 else f"{processes} worker processes"
+        emit(Notice(f"rollout in {named}, for up to {episodes:,} episodes at once (workers=1: in this process)"))
+    samples = LimitSettings(most=max(1, sampling.max_episodes_in_flight // processes))
+    return WorkerPool(replace(spec, samples=samples), search, count=processes)

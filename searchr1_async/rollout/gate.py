@@ -34,8 +34,6 @@ class GateStatistics:
     limit: int
     """Samples that may be in flight."""
     cause: Cause
-    saturated_seconds: float
-    """How long this process has been saturated without a break; 0 if it is not."""
     samples: int
     """Total samples."""
     usage: TokenUsage
@@ -159,7 +157,6 @@ class SampleGate:
             waiting=self._waiting,
             limit=limit.limit,
             cause=limit.cause(now, self._waiting),
-            saturated_seconds=limit.saturated_for(now),
             samples=self._samples,
             usage=TokenUsage(self._prompt_tokens, self._cached_prompt_tokens, self._tokens),
             failed=self._failed,

@@ -97,7 +97,8 @@ class SampleLimit:
         """Samples and requests in flight."""
         self._round_trip: float | None = None
         self._pushed_back_at = self._lowered_at = self._relieved_at = -math.inf
-        self._saturated_since: float | None = None
+        self.is_saturated = False
+        """This process is at capacity."""
         self._single, self._shared = LoadCurve(), LoadCurve()
 
     @property
@@ -106,18 +107,9 @@ class SampleLimit:
         return int(self._limit)
 
     @property
-    def is_saturated(self) -> bool:
-        """This process is at capacity."""
-        return self._saturated_since is not None
-
-    @property
     def is_queueing(self) -> bool:
         """More in flight gives no more samples per second."""
         return self._single.is_steep or self._shared.is_steep
-
-    def saturated_for(self, now: float) -> float:
-        """Seconds for which this process has been saturated without a break; 0 if it is not."""
-        return 0.0 if self._saturated_since is None else now - self._saturated_since
 
     def may_begin(self, samples: int) -> bool:
         """Whether a request may be sent now. One larger than the limit is sent when nothing else is in flight."""
@@ -180,10 +172,9 @@ class SampleLimit:
             lag: median event loop lag in seconds.
         """
         if cpu >= SATURATED_CPU or lag >= SATURATED_LAG:
-            if self._saturated_since is None:
-                self._saturated_since = now
+            self.is_saturated = True
         elif self.is_saturated and cpu < RELIEF * SATURATED_CPU and lag < RELIEF * SATURATED_LAG:
-            self._saturated_since = None
+            self.is_saturated = False
             self._relieved_at = now
 
     def _may_grow(self, now: float) -> bool:

@@ -48,6 +48,8 @@ STOP_SECONDS = 5.0
 """Time for a worker to cancel its samples and exit before it is killed."""
 LOAD_SECONDS = 1.0
 """Seconds between load reports of a worker."""
+HAS_WORKERS = os.name == "posix"
+"""This system has what the channel of a worker needs."""
 Reply = Callable[[Found | SearchFailed], None]
 """Answers a search without waiting."""
 
@@ -149,7 +151,7 @@ async def launch(spec: WorkerSpec) -> WorkerProcess:
     Raises:
         ServiceError: it failed to start in time.
     """
-    if os.name != "posix":
+    if not HAS_WORKERS:
         raise ServiceError("rollout workers need UNIX sockets, which this system lacks: use workers=1")
     ours, theirs = socket.socketpair()
     with theirs:

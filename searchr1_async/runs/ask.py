@@ -229,7 +229,11 @@ async def ask(
         if weights.run is None:
             raise ConfigurationError("no search given: pass one, such as ask(question, Search.local('atlas'))")
         search = await anyio.to_thread.run_sync(kept_search, weights.run)
-    async with playing(search, config, weights, service, progress=progress, emit=on_event) as (engine, policy, play):
+    async with playing(search, config, weights, service, questions=1, progress=progress, emit=on_event) as (
+        engine,
+        policy,
+        play,
+    ):
         episode = await play_asked(
             asked,
             dialect=engine.dialect,

@@ -188,9 +188,10 @@ def check_prompt(label: str, model_name: str, tokenizer: Any, play: PlaySettings
 
 
 def engine_on(
-    service: Service, spec: WorkerSpec, search: Search | None, play: PlaySettings, emit: Emit
+    service: Service, spec: WorkerSpec, search: Search | None, play: PlaySettings, emit: Emit, *, episodes: int
 ) -> AbstractAsyncContextManager[RolloutEngine]:
-    """An engine with these settings on this service; it does not pause by itself while the service is silent."""
+    """An engine with these settings on this service, for work that can have ``episodes`` in flight; it does not pause by itself
+    while the service is silent."""
     tool = no_search if search is None else search.showing(play.episodes.n_results, play.episodes.max_passage_words)
     return open_engine(
         spec,
@@ -200,6 +201,7 @@ def engine_on(
         reward=play.reward,
         group_size=play.group_size,
         max_failed_fraction=play.max_failed_fraction,
+        episodes=episodes,
         emit=emit,
         search_metrics=(lambda: search.statistics.metrics()) if search is not None else dict,
     )
@@ -207,11 +209,12 @@ def engine_on(
 
 @asynccontextmanager
 async def opened_engine(
-    service: Service, spec: WorkerSpec, search: Search | None, play: PlaySettings, emit: Emit
+    service: Service, spec: WorkerSpec, search: Search | None, play: PlaySettings, emit: Emit, *, episodes: int
 ) -> AsyncIterator[RolloutEngine]:
     """As :func:`engine_on`, but it pauses while the service is silent."""
     watch = service.watch
-    async with engine_on(service, spec, search, play, emit if watch is None else watch.hearing(emit)) as engine:
+    emit = emit if watch is None else watch.hearing(emit)
+    async with engine_on(service, spec, search, play, emit, episodes=episodes) as engine:
         with nullcontext() if watch is None else watch.holding(engine.pause):
             yield engine
 
@@ -261,6 +264,7 @@ async def playing(
     weights: Weights,
     service: ServiceName,
     *,
+    questions: int,
     reward: RewardFunction | None = None,
     tells_differences: bool = False,
     progress: Choice = True,
@@ -269,6 +273,7 @@ async def playing(
     """An engine, a policy and their settings for a plain rollout; closes its services at the end.
 
     Args:
+        questions: how many are rolled out.
         tells_differences: warn where the settings differ from how the weights were trained.
 
         The others as in :func:`searchr1_async.rollout` and :func:`searchr1_async.ask`.
@@ -298,7 +303,8 @@ async def playing(
             opened_service(choice, weights.service_folder, watchers) as opened,
         ):
             watchers(started("rollout", opened, search, play, weights.step))
-            async with opened_engine(opened, worker_spec(opened, play), search, play, watchers) as engine:
+            spec, episodes = worker_spec(opened, play), questions * play.group_size
+            async with opened_engine(opened, spec, search, play, watchers, episodes=episodes) as engine:
                 policy = await policy_of(opened, weights, play.sampling)
                 await search.opened()
                 yield engine, policy, play

@@ -83,6 +83,14 @@ class RunShape:
         return self.groups * self.learning.group_size
 
     @property
+    def episodes_in_flight(self) -> int:
+        """At most: those of the batches that overlap, or of a measurement."""
+        pipeline, learning = self.config.pipeline, self.learning
+        groups = learning.groups_per_batch + pipeline.spare_groups + pipeline.refill_groups
+        training = (1 + pipeline.max_staleness) * groups * learning.group_size
+        return max(min(training, self.episodes), len(self.held_out) * self.config.evaluation.held_out_samples)
+
+    @property
     def total_steps(self) -> int:
         """Optimizer steps; for whole epochs an upper bound, since dropped groups may be replaced."""
         return -(-self.groups // self.learning.groups_per_batch)

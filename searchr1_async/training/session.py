@@ -206,7 +206,8 @@ async def _opened(
         assert watch is not None
         emit(started(service.model_name))
         emit = watch.hearing(emit)
-        async with engine_on(service, worker_spec(service, play), job.search, play, emit) as engine:
+        spec, episodes = worker_spec(service, play), job.shape.episodes_in_flight
+        async with engine_on(service, spec, job.search, play, emit, episodes=episodes) as engine:
             await keep_tokenizer(service.tokenizer, job.out_dir, anew=is_new)
             await anyio.to_thread.run_sync(keep)
             async with control.serving(service):

@@ -332,8 +332,6 @@ async def test_the_limit_grows_by_what_comes_back_while_others_wait() -> None:
 async def test_a_saturated_process_holds_the_limit() -> None:
     gate = gate_of(8)
     gate.client_is(PulseReading(1.0, 0.001, 0.002, 0.003, cpu=0.95))
-    await anyio.sleep(3)
-    assert gate.statistics.saturated_seconds == pytest.approx(3.0)
     assert gate.statistics.cause is Cause.CLIENT
 
 

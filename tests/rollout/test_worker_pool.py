@@ -13,26 +13,28 @@ from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import anyio
 import pytest
 
+import searchr1_async as sr
 from searchr1_async.config import EpisodeLimits, SamplingSettings
 from searchr1_async.episodes.formats import make_dialect
 from searchr1_async.episodes.play import SearchTool
 from searchr1_async.episodes.types import Episode, Passage, Question, StopReason
 from searchr1_async.errors import ConfigurationError, EmbeddingError, SearchError, ServiceError, StoreError
+from searchr1_async.events import Notice
 from searchr1_async.local.backend import SampleRequest, SampleResult, Snapshot
 from searchr1_async.local.process import Latency
 from searchr1_async.local.scripted_backend import ScriptedBackend
 from searchr1_async.rollout.gate import SampleGate
 from searchr1_async.rollout.messages import WorkerSpec
 from searchr1_async.rollout.player import GroupPlayer, GroupTask, LocalPlayer, TinkerPolicy
-from searchr1_async.rollout.worker_pool import DeathRecord, WorkerPool
+from searchr1_async.rollout.worker_pool import DeathRecord, WorkerPool, worker_processes
 from searchr1_async.testing import DictSearch, ScriptedPolicy, make_tiny_tokenizer
 from tests import tiny_world
-from tests.local.serving import raw, sdk, service_thread, until
+from tests.local.serving import KEY, raw, sdk, service_thread, until
 
 pytestmark = pytest.mark.anyio
 
@@ -419,9 +421,45 @@ async def test_a_worker_that_cannot_play_says_why(tmp_path: Path) -> None:
 
 
 async def test_a_policy_of_no_service_is_refused(world: World) -> None:
-    async with WorkerPool(world.spec, DictSearch(), count=0) as pool:
-        with pytest.raises(ConfigurationError, match="ScriptedPolicy cannot be sent"):
-            await pool.play(task(0), ScriptedPolicy(lambda prompt: ()), unheard)
+    pool = WorkerPool(world.spec, DictSearch())
+    with pytest.raises(ConfigurationError, match="ScriptedPolicy cannot be sent"):
+        await pool.play(task(0), ScriptedPolicy(lambda prompt: ()), unheard)
+
+
+@pytest.mark.parametrize(
+    ("workers", "episodes", "cores", "count"),
+    [
+        (1, 4096, 8, 0),
+        (3, 8, 2, 3),
+        ("auto", 511, 8, 0),
+        ("auto", 512, 1, 1),
+        ("auto", 2047, 8, 1),
+        ("auto", 4096, 2, 1),
+        ("auto", 4096, 8, 4),
+        ("auto", 4096, 4, 3),
+    ],
+)
+def test_workers_by_episodes_in_flight(workers: int | Literal["auto"], episodes: int, cores: int, count: int) -> None:
+    assert worker_processes(workers, episodes, cores) == count
 
 
 async def unheard(member: int, episode: Episode) -> None: ...
+
+
+async def test_a_large_rollout_leaves_this_process_and_says_so(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TINKER_API_KEY", KEY)
+    questions = [Question(f"q{number}", f"Question {number}?", ("yes",)) for number in range(8)]
+    events: list[Any] = []
+    groups = await sr.rollout(
+        questions,
+        tiny_world.make_search(tmp_path / "index"),
+        sr.RolloutConfig(model="scripted", tokenizer=world.spec.tokenizer, format="tags", group_size=64, max_turns=1),
+        service=world.url,
+        progress=False,
+        on_event=events.append,
+    )
+    assert [len(group.episodes) for group in groups] == [64] * 8
+    notices = [event.text for event in events if isinstance(event, Notice)]
+    assert "rollout in 1 worker process, for up to 512 episodes at once (workers=1: in this process)" in notices
