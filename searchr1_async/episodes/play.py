@@ -16,7 +16,7 @@ import anyio
 from searchr1_async.config import EpisodeLimits
 from searchr1_async.episodes.formats import Dialect, FinalAnswer, MalformedCall, Reading
 from searchr1_async.episodes.prompts import clean_query
-from searchr1_async.episodes.types import Episode, Passage, Question, SearchCall, StopReason, Turn
+from searchr1_async.episodes.types import Episode, Passage, Question, SearchCall, StopReason, Turn, shared_tokens
 from searchr1_async.errors import SearchError, ServiceError
 
 
@@ -132,11 +132,11 @@ class _Course:
             call, appended = await self._carry_out(call, sampled)
         taken = replace(
             sampled,
-            sampled_tokens=_shared(sampled.sampled_tokens),
+            sampled_tokens=shared_tokens(sampled.sampled_tokens),
             text=self.dialect.decode(sampled.sampled_tokens),
             content=content,
             call=call,
-            appended_tokens=_shared(appended),
+            appended_tokens=shared_tokens(appended),
         )
         self.turns.append(taken)
         self.tokens += taken.sampled_tokens + taken.appended_tokens
@@ -180,15 +180,6 @@ class _Course:
         if self.raises_faults:
             raise fault
         self.stop_reason, self.error = StopReason.FAILED, f"{type(fault).__name__}: {fault}"
-
-
-_token_ids: dict[int, int] = {}
-"""Every token id that was seen: a vocabulary at most."""
-
-
-def _shared(tokens: Sequence[int]) -> tuple[int, ...]:
-    """The same tokens, equal ids as one object: each would take 28 bytes, and an episode has several hundred."""
-    return tuple(map(_token_ids.setdefault, tokens, tokens))
 
 
 def _outcome(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -330,3 +330,12 @@ class GroupOutcome:
 
 def _cut(text: str) -> str:
     return repr(text if len(text) <= _SHOWN_TEXT else f"{text[: _SHOWN_TEXT - 1]}…")
+
+
+_token_ids: dict[int, int] = {}
+"""Every token id that was seen: a vocabulary at most."""
+
+
+def shared_tokens(tokens: Sequence[int]) -> tuple[int, ...]:
+    """The same tokens, equal ids as one object: each would take 28 bytes, and an episode has several hundred."""
+    return tuple(map(_token_ids.setdefault, tokens, tokens))

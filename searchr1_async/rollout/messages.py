@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar, cast
 from searchr1_async.config import EpisodeLimits, FirstTurn
 from searchr1_async.episodes.formats import Dialect, make_dialect
 from searchr1_async.episodes.prompts import Method
-from searchr1_async.episodes.types import Episode, Passage, Question, SearchCall
+from searchr1_async.episodes.types import Episode, Passage, Question, SearchCall, Turn, shared_tokens
 from searchr1_async.models import Thinking
 from searchr1_async.rollout.event_loop import PulseReading
 from searchr1_async.rollout.gate import GateStatistics
@@ -309,7 +309,8 @@ class Unpacker:
         if not played.has_last_prompt and played.episode.prompt_tokens != self._prompt:
             self._prompt = played.episode.prompt_tokens
         results = [tuple(map(self._passages, found)) for found in played.found]
-        return _with(played.episode, self.question, self._prompt, results)
+        episode = _with(played.episode, self.question, self._prompt, results)
+        return replace(episode, turns=tuple(map(_with_shared_tokens, episode.turns)))
 
     def _passages(self, item: Reference | Passages) -> Passages:
         match item:
@@ -317,6 +318,12 @@ class Unpacker:
                 return self.found[search][place]
             case _:
                 return item
+
+
+def _with_shared_tokens(turn: Turn) -> Turn:
+    return replace(
+        turn, sampled_tokens=shared_tokens(turn.sampled_tokens), appended_tokens=shared_tokens(turn.appended_tokens)
+    )
 
 
 def _calls(episode: Episode) -> list[SearchCall | None]:

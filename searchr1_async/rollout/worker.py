@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import anyio.to_thread
 import tinker
+import uvloop
 from anyio.abc import TaskGroup
 
 import searchr1_async.errors as errors
@@ -61,6 +62,8 @@ SETTLE_SECONDS = 2.0
 
 def run(descriptor: int) -> None:
     """Serves the socket until it is closed."""
+    # For the SDK's thread too: it makes its loop by this policy.
+    asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
     with rare_collections():
         asyncio.run(_serve(socket.socket(fileno=descriptor)))
 

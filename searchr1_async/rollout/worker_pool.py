@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 import anyio
+import anyio.lowlevel
 from anyio.abc import TaskGroup, TaskStatus
 
 from searchr1_async.billing import TokenUsage
@@ -249,6 +250,7 @@ class WorkerPool:
                 with anyio.fail_after(SILENT_SECONDS):
                     message = await channel.receive()
                 self._take(worker, message)
+                await anyio.lowlevel.checkpoint()  # messages that have been read already come without waiting
 
     def _take(self, worker: WorkerProcess, message: FromWorker) -> None:
         match message:
