@@ -263,8 +263,7 @@ def _cells(row: EpisodeRow) -> tuple[Any, ...]:
     """The values of a row in the order of :data:`EPISODE_SCHEMA`, nested values as tuples."""
     episode, question = row.episode, row.episode.question
     parts = {storable(name): value for name, value in episode.reward_parts.items()}
-    actions = episode.action_token_count
-    total = len(episode.prompt_tokens) + actions + sum(len(turn.appended_tokens) for turn in episode.turns)
+    total, actions = episode.token_count, episode.action_token_count
     return (
         *(row.step, row.label, question.id, question.question, question.golden_answers, question.data_source),
         *(metadata_json(question.metadata), row.place, row.group, row.member),

@@ -245,7 +245,12 @@ class Episode:
     @property
     def observation_token_count(self) -> int:
         """Tokens the model read but did not sample: prompt and appended tokens."""
-        return len(self.tokens) - self.action_token_count
+        return len(self.prompt_tokens) + sum(len(turn.appended_tokens) for turn in self.turns)
+
+    @property
+    def token_count(self) -> int:
+        """Length of :attr:`tokens`, which are not made for it: once made they stay as long as the episode."""
+        return self.observation_token_count + self.action_token_count
 
     @property
     def calls(self) -> tuple[SearchCall, ...]:
@@ -271,7 +276,7 @@ class Episode:
         end = str(self.stop_reason.value) if self.answer is None else f"answer {_cut(self.answer)}"
         worth = f"reward {self.reward:g}" if self.error is None else f"error {_cut(self.error)}"
         asked = f"{self.question.id!r}: {_cut(self.question.question)}"
-        return f"<Episode {asked}, {len(self.turns)} turns, {len(self.tokens):,} tokens, {end}, {worth}>"
+        return f"<Episode {asked}, {len(self.turns)} turns, {self.token_count:,} tokens, {end}, {worth}>"
 
 
 def _call_lines(call: SearchCall, problem: str) -> list[str]:

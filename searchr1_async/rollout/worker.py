@@ -28,7 +28,7 @@ from searchr1_async.boundary.sdk import SDK_FAULTS
 from searchr1_async.episodes.rendering import load_pretrained_tokenizer
 from searchr1_async.episodes.types import Episode, Passage, Turn
 from searchr1_async.errors import SearchError, SearchR1Error, ServiceError
-from searchr1_async.rollout.event_loop import Pulse, PulseReading, rare_collections
+from searchr1_async.rollout.event_loop import LITTLE_GARBAGE, Pulse, PulseReading, rare_collections
 from searchr1_async.rollout.gate import SampleGate
 from searchr1_async.rollout.limit import SampleLimit
 from searchr1_async.rollout.messages import (
@@ -64,7 +64,7 @@ def run(descriptor: int) -> None:
     """Serves the socket until it is closed."""
     # For the SDK's thread too: it makes its loop by this policy.
     asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
-    with rare_collections():
+    with rare_collections(LITTLE_GARBAGE):
         asyncio.run(_serve(socket.socket(fileno=descriptor)))
 
 

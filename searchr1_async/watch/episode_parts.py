@@ -135,7 +135,7 @@ def episode_data(row: EpisodeRow, tokenizer: Any = None) -> dict[str, Any]:
     facts = [
         "" if row.advantage is None else f"advantage {row.advantage:+.2f}",
         counted(len(episode.turns), "turn"),
-        f"{tokens(len(episode.tokens))}, {episode.action_token_count:,} of them sampled",
+        f"{tokens(episode.token_count)}, {episode.action_token_count:,} of them sampled",
         f"{episode.seconds:.1f} s",
         question.data_source,
         question.id,
@@ -248,7 +248,7 @@ def _listed(row: EpisodeRow) -> dict[str, Any]:
         "reward": _number(episode.reward) if episode.is_complete else None,
         "advantage": _number(row.advantage),
         "turns": len(episode.turns),
-        "tokens": len(episode.tokens),
+        "tokens": episode.token_count,
         "seconds": _number(episode.seconds),
     }
 
