@@ -40,8 +40,10 @@ SDK_PARTS = {
     "SDK: fetch a result": r"api_future_impl|session_futures_poller",
     "SDK: train": r"/tinker/[^;]*training",
     "SDK: hand over, retry, count": r"/tinker/",
+    "SDK: its HTTP client": r"^$|^BaseEventLoop.call_soon_threadsafe|/(pyqwest|httpx)/",
 }
-"""Parts and the pattern of their frames: the first that any frame of a stack matches. They come before ours, which wait for the SDK."""
+"""Parts and the pattern of their frames: the first that any frame of a stack matches. They come before ours, which wait for the SDK.
+The threads of the HTTP client are native ones: they have no frame of Python, or only the one in which they wake an event loop."""
 OUR_PARTS = {
     "ours: train": r"searchr1_async/training/",
     "ours: render and read": r"searchr1_async/episodes/(rendering|formats|prompts)",
@@ -54,6 +56,7 @@ OUR_PARTS = {
 OTHER_PARTS = {
     "event loop itself": r"asyncio/|selectors|anyio/",
     "numpy, polars, torch": r"/(numpy|polars|torch)/",
+    "this benchmark's own watch": r"benchmarks/shared/monitor",
 }
 """Then the first of these that any frame matches."""
 OTHER = "other"

@@ -153,6 +153,8 @@ NOTES = """How it was measured:
   training in it. A search costs 0.2 s in it where no other episode asks the same, else nothing.
 - The loop is looked at every 10 ms; `of that its own` is the part that the loop's own thread was computing, without waiting for a
   core or for the interpreter.
+- From 512 episodes in flight on, ours rolls out in worker processes (`workers="auto"`). The loop is that of the process in which the
+  user works, and HTTP requests are counted in this process alone.
 - What tinker-cookbook 0.6.1 was given, through its configuration and the environment, with none of its code changed: a
   tokenizer of this machine is registered under the model's name; the questions lie where the recipe downloads them to;
   `GOOGLE_VERTEX_BASE_URL` names the stand-in and `GOOGLE_APPLICATION_CREDENTIALS` a service account whose tokens come from this

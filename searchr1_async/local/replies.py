@@ -14,7 +14,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -206,7 +206,7 @@ class PromiseStore:
         newest_first = itertools.takewhile(lambda each: each.settled_as > cursor, reversed(self._unfetched.values()))
         return [promise for promise in newest_first if promise.listener == listener][::-1]
 
-    def release(self, request_ids: Sequence[str]) -> None:
+    def release(self, request_ids: Iterable[str]) -> None:
         """Drops results that the client says it has; unknown ones are ignored."""
         for request_id in request_ids:
             if request_id in self._fetched:

@@ -24,7 +24,7 @@ from searchr1_async.local import protocol
 from searchr1_async.local.backend import MAX_SAMPLES, Backend, Snapshot, UserFault
 from searchr1_async.local.checkpoint_files import CheckpointStore, Kind, RecordStore
 from searchr1_async.local.listings import External, Listings
-from searchr1_async.local.protocol import Body, body_of
+from searchr1_async.local.protocol import Body, body_of, optional
 from searchr1_async.local.provenance import DAY, SequenceStore, sequence_id
 from searchr1_async.local.replies import (
     API,
@@ -397,8 +397,8 @@ class Service:
         target = body.object("target")
         sampler = self.sampling.find(target.text("sampling_session_id"))
         listener = (sampler.id, target.optional_number("cloned_sampler_id") or 0)
-        self.promises.release(body.fields.get("retrieved_request_ids") or ())
-        seconds = self.options.poll if body.fields.get("timeout") is None else 0.0
+        self.promises.release(map(str, optional(body.fields, "retrieved_request_ids", list, [])))
+        seconds = min(self.options.poll, optional(body.fields, "timeout", float, self.options.poll))
         cursor = body.optional_number("prev_cursor") or 0
         done, cursor = await self.promises.completions(listener, cursor, seconds)
         return {"completions": [_completion(promise) for promise in done], "cursor": cursor}

@@ -302,6 +302,14 @@ async def test_a_shared_poll_reports_the_samples_of_its_own_client(client: Raw) 
     assert [each["request_id"] for each in of_clone["completions"]] == [cloned["request_id"]]
 
 
+async def test_a_shared_poll_of_unknown_form_is_refused(client: Raw) -> None:
+    sampler = await client.sampler(await client.session())
+    for wrong in ({"timeout": "soon"}, {"retrieved_request_ids": "all"}, {"prev_cursor": -1}, {"target": sampler}):
+        status, answer = await client.ask("retrieve_futures", poll_fields(sampler) | wrong)
+        assert status in (400, 422), wrong
+        assert next(iter(wrong)) in answer["detail"]
+
+
 async def test_a_repeated_shared_poll_reports_the_same_again(client: Raw) -> None:
     sampler = await client.sampler(await client.session())
     future = await client.ok("asample", sample_fields(sampler, 1))
