@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import searchr1_async as sr
 from searchr1_async.billing import Billing, TokenUsage
 from searchr1_async.runs.resume import ResumePoint
+from searchr1_async.training.estimate import RunShape
 from tests import tiny_world
 
 CLOUD = "https://tinker.thinkingmachines.dev"
@@ -41,6 +42,23 @@ def test_against_hand_computed_sums() -> None:
     assert found.dollars_per_step == pytest.approx((found.dollars or 0) / 2)
     assert "2 steps" in found.text
     assert found.assumptions[0].startswith("An episode has 2 turns of 50 sampled tokens each;")
+
+
+@pytest.mark.parametrize(
+    ("changes", "held_out", "episodes"),
+    [
+        ({}, 0, 5 * 4),
+        ({"max_staleness": 2, "refill_groups": 1, "spare_groups": 2}, 0, 3 * (5 + 1 + 2) * 4),
+        ({"max_staleness": 2, "steps": 2}, 0, 2 * 5 * 4),
+        ({"held_out_samples": 3}, 10, 30),
+    ],
+)
+def test_episodes_in_flight_are_those_of_batches_that_overlap_or_of_a_measurement(
+    changes: dict[str, Any], held_out: int, episodes: int
+) -> None:
+    sizes = {"steps": 100, "epochs": 1, "minibatches": 1, "group_size": 4, "groups_per_batch": 5}
+    config = sr.TrainConfig(lora_rank=8, **sizes | changes)
+    assert RunShape(config, QUESTIONS, QUESTIONS[:held_out], 3).episodes_in_flight == episodes
 
 
 def test_includes_evaluations_warm_up_and_penalty() -> None:
