@@ -43,6 +43,7 @@ PLANS: Mapping[str, Mapping[str, Any]] = {
     "staleness 1": {"max_staleness": 1},
     "staleness 1, refills": {"max_staleness": 1, "refill_groups": 3},
     "staleness 1, spare groups": {"max_staleness": 1, "spare_groups": 2},
+    "staleness 1, 2 workers": {"max_staleness": 1, "workers": 2},
     "staleness 2": {"max_staleness": 2},
     "staleness 2, weights in flight": {"max_staleness": 2, "weights_in_flight": "inflight"},
 }
