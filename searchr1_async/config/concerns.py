@@ -182,8 +182,9 @@ class SamplingSettings(Checked):
     per member (``split``). ``auto``: shared in training and rollouts, split in evaluations."""
     workers: Count | Literal["auto"] = "auto"
     """Rollout processes. 1: this one. 2 or more: that many workers (0.2 GB each), and this process only searches, scores and
-    trains, so that its event loop stays free. ``auto``: this process below 512 episodes in flight; from there on one worker, and
-    one for every 1,024 episodes while a core is left for this process."""
+    trains, so that its event loop stays free. ``auto``: this process below 512 episodes in flight; from there on one worker for
+    every full 1,024, at least one, and at most the cores but one. What a worker has sent fails if the service is away for over 5
+    minutes, however long ``max_service_outage`` is."""
 
 
 @dataclass(frozen=True, slots=True)

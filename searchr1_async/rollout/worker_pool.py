@@ -100,7 +100,7 @@ def worker_processes(workers: int | Literal["auto"], episodes: int, cores: int) 
 
     Args:
         episodes: maximum in flight.
-        cores: cores usable by this process; one is left to it.
+        cores: cores usable by this process; one is left to it if there are two.
     """
     if workers != "auto":
         return 0 if workers == 1 else workers

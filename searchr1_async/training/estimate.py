@@ -84,11 +84,12 @@ class RunShape:
 
     @property
     def episodes_in_flight(self) -> int:
-        """At most: those of the batches that overlap, or of a measurement."""
-        pipeline, learning = self.config.pipeline, self.learning
-        groups = learning.groups_per_batch + pipeline.spare_groups + pipeline.refill_groups
-        training = (1 + pipeline.max_staleness) * groups * learning.group_size
-        return max(min(training, self.episodes), len(self.held_out) * self.config.evaluation.held_out_samples)
+        """At most: those of the batches that overlap, and of a measurement, which ``evaluate_every`` runs beside them."""
+        pipeline, learning, evaluation = self.config.pipeline, self.learning, self.config.evaluation
+        groups = (1 + pipeline.max_staleness) * learning.groups_per_batch + pipeline.spare_groups
+        training = min(groups * learning.group_size, self.episodes)
+        measured = len(self.held_out) * evaluation.held_out_samples
+        return max(training, measured) if evaluation.evaluate_every is None else training + measured
 
     @property
     def total_steps(self) -> int:

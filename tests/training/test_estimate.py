@@ -48,9 +48,10 @@ def test_against_hand_computed_sums() -> None:
     ("changes", "held_out", "episodes"),
     [
         ({}, 0, 5 * 4),
-        ({"max_staleness": 2, "refill_groups": 1, "spare_groups": 2}, 0, 3 * (5 + 1 + 2) * 4),
+        ({"max_staleness": 2, "refill_groups": 1, "spare_groups": 2}, 0, (3 * 5 + 2) * 4),
         ({"max_staleness": 2, "steps": 2}, 0, 2 * 5 * 4),
         ({"held_out_samples": 3}, 10, 30),
+        ({"held_out_samples": 3, "evaluate_every": 5}, 10, 5 * 4 + 30),
     ],
 )
 def test_episodes_in_flight_are_those_of_batches_that_overlap_or_of_a_measurement(
