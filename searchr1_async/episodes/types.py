@@ -343,4 +343,5 @@ _token_ids: dict[int, int] = {}
 
 def shared_tokens(tokens: Sequence[int]) -> tuple[int, ...]:
     """The same tokens, equal ids as one object: each would take 28 bytes, and an episode has several hundred."""
-    return tuple(map(_token_ids.setdefault, tokens, tokens))
+    ids = [*map(int, tokens)]  # not numpy's, which are equal and would be kept for every later episode
+    return tuple(map(_token_ids.setdefault, ids, ids))

@@ -200,7 +200,9 @@ class PromiseStore:
                     self._just_settled.clear()
                     await self._just_settled.wait()
                 await asyncio.sleep(_GATHER)
-        return self._settled_after(listener, cursor), self._settled
+        done = self._settled_after(listener, cursor)
+        # Not the newest of all: a client polls again at once where its cursor has moved.
+        return done, done[-1].settled_as if done else cursor
 
     def _settled_after(self, listener: Hashable, cursor: int) -> list[Promise]:
         newest_first = itertools.takewhile(lambda each: each.settled_as > cursor, reversed(self._unfetched.values()))

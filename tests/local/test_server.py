@@ -322,6 +322,13 @@ async def test_a_repeated_shared_poll_reports_the_same_again(client: Raw) -> Non
     assert (await client.ask("retrieve_future", {"request_id": future["request_id"]}))[0] == 410
 
 
+async def test_what_other_clients_finish_does_not_move_a_cursor(client: Raw) -> None:
+    session = await client.session()
+    sampler, other = await client.sampler(session), await client.sampler(session, 1)
+    await client.result(await client.ok("asample", sample_fields(other, 1)))
+    assert await client.ok("retrieve_futures", poll_fields(sampler, timeout=0)) == {"completions": [], "cursor": 0}
+
+
 async def test_a_shared_poll_ends_empty_when_its_time_is_up(tmp_path: Path) -> None:
     with service_thread(tmp_path, slow(), poll=0.2) as served:
         async with raw(served.url) as client:
