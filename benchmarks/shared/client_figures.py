@@ -78,6 +78,6 @@ def lateness_goal(row: Row, way: str) -> Goal:
 def memory_goal(small: Row, large: Row, way: str) -> Goal:
     """Asked of the way, from the growth of a small run to that of a large one."""
     more = large["in_flight"] - small["in_flight"]
-    kilobytes = (large["memory_growth"] - small["memory_growth"]) / more / 1024 if more else math.inf
+    kilobytes = (large["memory_growth"] - small["memory_growth"]) / more / 1024 if more > 0 else math.inf
     what = f"{way}: each further episode in flight takes at most {MEMORY_GOAL} KB"
     return Goal(what, f"{small['groups']} to {large['groups']} x 8", f"{kilobytes:.0f} KB", kilobytes <= MEMORY_GOAL)

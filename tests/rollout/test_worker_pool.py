@@ -446,6 +446,14 @@ def test_workers_by_episodes_in_flight(workers: int | Literal["auto"], episodes:
 async def unheard(member: int, episode: Episode) -> None: ...
 
 
+def test_deaths_are_too_many_within_a_time_only() -> None:
+    record = DeathRecord(most=2, seconds=10.0)
+    assert [record.is_too_many(now) for now in (0.0, 1.0, 2.0)] == [False, False, True]
+    slow = DeathRecord(most=2, seconds=10.0)
+    assert not any(slow.is_too_many(now) for now in range(0, 600, 6))
+    assert slow.count == 100
+
+
 async def test_a_large_rollout_leaves_this_process_and_says_so(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
